@@ -1,0 +1,39 @@
+"""TAP, the Token-Adaptive Predictor: training-free acceleration of diffusion transformers (arXiv 2603.03792).
+
+import tap_diffusion as tap
+tap.enable(pipe)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from tap_diffusion.config import TAPConfig
+from tap_diffusion.errors import ConfigError, TAPWarning, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from tap_diffusion.integrations.api import apply_tap, disable, enable, enabled, report
+    from tap_diffusion.report import Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConfigError",
+    "Report",
+    "TAPConfig",
+    "TAPWarning",
+    "UnsupportedModelError",
+    "apply_tap",
+    "disable",
+    "enable",
+    "enabled",
+    "report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs diffusers only when it is asked for: that takes seconds."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(
+        import_module("tap_diffusion.report" if name == "Report" else "tap_diffusion.integrations.api"), name
+    )

@@ -1,0 +1,73 @@
+"""What one branch remembers: finite differences of probe features and residuals at its newest anchor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tap_diffusion.selection import gram_matrix
+
+
+class History:
+    """Differences Δ⁰ … Δ^{H-1} of the probe features h and the residuals r, and the times of the anchors.
+
+    The differences of a new anchor follow from those of the last one alone, so ``capacity`` tensors of each kind
+    hold everything that weights over ``capacity`` anchors can ask for. They are kept in the model's dtype, which
+    keeps differences more precisely than keeping the features and subtracting later.
+
+    Args:
+        capacity: anchors to remember, the largest order plus one.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.times: list[float] = []
+        self.probe: list[Tensor] = []
+        self.residual: list[Tensor] = []
+        self._gram: Tensor | None = None
+
+    def add(self, time: float, residual: Tensor, probe: Tensor | None) -> None:
+        """Make the features at ``time`` the newest anchor.
+
+        Args:
+            time: of the anchor, after that of the last one.
+            residual: r, shape (B, N, D).
+            probe: h, shape (B, N, D'), or None where nothing is selected.
+        """
+        span = time - self.times[0] if self.times else 0.0
+        self.residual = self._advance(self.residual, residual, span)
+        if probe is not None:
+            self.probe = self._advance(self.probe, probe, span)
+        self.times = [time, *self.times][: self.capacity]
+        self._gram = None
+
+    def _advance(self, old: list[Tensor], newest: Tensor, span: float) -> list[Tensor]:
+        precision = torch.promote_types(newest.dtype, torch.float32)
+        new = [newest.detach()]
+        for difference in old[: self.capacity - 1]:
+            new.append(((new[-1].to(precision) - difference) / span).to(newest.dtype))
+        return new
+
+    @property
+    def gram(self) -> Tensor:
+        """Inner products of the probe's differences per token, (B, N, H, H); computed once per anchor."""
+        if self._gram is None:
+            self._gram = gram_matrix(self.probe)
+        return self._gram
+
+    def fits(self, hidden_states: Tensor) -> bool:
+        """Whether there is an anchor, of the shape, dtype and device of ``hidden_states``."""
+        if not self.times:
+            return False
+        newest = self.residual[0]
+        return (newest.shape, newest.dtype, newest.device) == (
+            hidden_states.shape,
+            hidden_states.dtype,
+            hidden_states.device,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors held."""
+        tensors = [*self.probe, *self.residual, *([] if self._gram is None else [self._gram])]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)

@@ -1,0 +1,174 @@
+"""The ``tap`` command."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tap_diffusion.config import TAPConfig
+from tap_diffusion.errors import ConfigError, UnsupportedModelError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+
+
+class DType(StrEnum):
+    """Names of the dtypes that a pipeline can be loaded in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def _option(panel: str, *names: str, help: str, default: str | bool = True, **more: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=panel, help=help, show_default=default, **more)
+
+
+@app.callback()
+def main() -> None:
+    """Token-Adaptive Predictor: training-free acceleration of diffusion transformers."""
+
+
+@app.command()
+def generate(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="What to draw, one picture for each.", show_default=False)
+    ] = None,
+    prompt_file: Annotated[Path | None, _option("Sampling", "--prompts", help="File with one prompt a line.")] = None,
+    model: Annotated[
+        str, _option("Model", "--model", "-m", help="emoji (embedded), a pipeline's folder, or a hub id.")
+    ] = "emoji",
+    dtype: Annotated[DType, _option("Model", help="auto: bfloat16 on a GPU, float32 on a CPU.")] = DType.auto,
+    device: Annotated[
+        str | None, _option("Model", help="cpu, cuda, cuda:1, …", default="cuda where there is one")
+    ] = None,
+    steps: Annotated[int, _option("Sampling", help="Denoising steps.", min=1)] = 50,
+    seed: Annotated[int, _option("Sampling", help="Seed of the first picture; the next take the next.", min=0)] = 0,
+    guidance: Annotated[
+        float | None, _option("Sampling", help="Guidance scale.", default="the pipeline's; 2 for emoji", min=0)
+    ] = None,
+    height: Annotated[int | None, _option("Sampling", help="In pixels.", default="the model's own", min=1)] = None,
+    width: Annotated[int | None, _option("Sampling", help="In pixels.", default="the model's own", min=1)] = None,
+    batch_size: Annotated[int, _option("Sampling", help="Pictures generated at a time.", min=1)] = 8,
+    interval: Annotated[
+        int | None, _option("Method", "--interval", "-n", help="One step in this many is full; 1: all.", default="6")
+    ] = None,
+    warmup: Annotated[int | None, _option("Method", help="Full steps at the start.", default="3")] = None,
+    paper: Annotated[bool, _option("Method", "--paper", help="Exactly the paper's settings.")] = False,
+    config_file: Annotated[
+        Path | None, _option("Method", "--config", help="TAPConfig as JSON; the options above override it.")
+    ] = None,
+    compare: Annotated[bool, _option("Output", "--compare", help="Generate without TAP too, and compare.")] = False,
+    repeats: Annotated[
+        int, _option("Output", help="Timed runs of each with --compare, alternating; medians count.", min=1)
+    ] = 1,
+    out: Annotated[Path, _option("Output", "--out", "-o", help="Folder for pictures and report.json.")] = Path("out"),
+) -> None:
+    """Generate pictures with TAP, beside those of the plain model if wanted.
+
+    Example: tap generate "red apple" "green frog face" --interval 8 --compare
+    """
+    try:
+        wanted = _prompts(prompts or [], prompt_file)
+        config = _config(config_file, paper, interval, warmup)
+        if config.warmup > steps:
+            raise UsageError(f"warmup is {config.warmup}, more than the {steps} steps")
+        _make_writable(out)
+        with console.status(f"loading {model}"):
+            # These take seconds, for which neither --help nor a wrong option should wait.
+            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+            os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+            from tap_diffusion.generate import Request, load_pipeline
+            from tap_diffusion.generate import generate as run_generate
+
+            pipe = load_pipeline(model, *_placement(dtype, device))
+        if model == "emoji":  # its vocabulary has no capitals
+            wanted = [prompt.lower() for prompt in wanted]
+        request = Request(wanted, steps, seed, guidance, height, width, batch_size)
+        written: list[str] = []
+        result = run_generate(pipe, model, request, config, out, compare, repeats, written.append)
+    except (ConfigError, UnsupportedModelError, UsageError) as error:
+        Console(stderr=True).print(f"[bold red]Error:[/] {error}", soft_wrap=True, highlight=False)
+        raise typer.Exit(2) from None
+    console.print(_table(result))
+    console.print(f"{len(wanted)} pictures, {', '.join(written)} in {out}", highlight=False)
+
+
+def _prompts(given: list[str], file: Path | None) -> list[str]:
+    if file is not None:
+        try:
+            given = given + file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"can't read the prompt file {file}: {error}") from error
+    prompts = [prompt.strip() for prompt in given if prompt.strip()]
+    if not prompts:
+        raise UsageError(f"the prompt file {file} is empty" if file else "no prompt: give some, or a file by --prompts")
+    return prompts
+
+
+def _config(file: Path | None, paper: bool, interval: int | None, warmup: int | None) -> TAPConfig:
+    try:
+        config = TAPConfig.load(file) if file is not None else TAPConfig()
+    except OSError as error:
+        raise UsageError(f"can't read the configuration {file}: {error}") from error
+    if paper:
+        config = TAPConfig.paper(config.interval)
+    given = {"interval": interval, "warmup": warmup}
+    return TAPConfig.from_dict(config.to_dict() | {name: value for name, value in given.items() if value is not None})
+
+
+def _placement(dtype: DType, device: str | None) -> tuple[torch.dtype, str]:
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise UsageError(f"device '{device}' is not available: {str(error).splitlines()[0]}") from error
+    if dtype == DType.auto:
+        return (torch.float32 if device == "cpu" else torch.bfloat16), device
+    return getattr(torch, dtype), device
+
+
+def _make_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"can't write to the folder {folder}: {os.strerror(error.errno or 0)}") from error
+
+
+def _table(result: dict[str, Any]) -> Table:
+    table = Table(show_header=False)
+    rows = [
+        ("steps", f"{result['full_steps']} full, {result['predicted_steps']} predicted"),
+        ("time per step", f"{result['full_step_ms']:.1f} ms full, {result['predicted_step_ms']:.1f} ms predicted"),
+        ("speed-up in evaluations", f"{result['evaluations_speedup']:.2f}x"),
+    ]
+    if "psnr_db" in result:
+        rows += [
+            ("speed-up in time", f"{result['time_speedup']:.2f}x"),
+            ("PSNR to the full result", f"{result['psnr_db']:.1f} dB"),
+        ]
+    rows.append(("cache", f"{result['cache_bytes']:,} bytes"))
+    rows += [(f"fell back to full: {reason}", f"{count} calls") for reason, count in result["fallbacks"].items()]
+    for row in rows:
+        table.add_row(*row)
+    return table

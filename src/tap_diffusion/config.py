@@ -1,0 +1,146 @@
+"""The one configuration object."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from tap_diffusion.errors import ConfigError
+from tap_diffusion.predictors import FAMILIES
+
+Loss = Literal["cosine", "l2", "relative_l2", "l1"]
+Granularity = Literal["token", "sample", "batch"]
+Probe = Literal["modulated_input", "first_block"]
+
+MAX_ORDER = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TAPConfig:
+    """How TAP accelerates a model. Every field is validated on construction.
+
+    Args:
+        interval: after the warm-up, one step in this many is full (N of the paper). 1: every step is full.
+        warmup: full steps at the start of each trajectory.
+        family: predictors to choose from, a key of :data:`tap_diffusion.predictors.FAMILIES`.
+        orders: orders of the candidates. Order 0 reuses the newest anchor; order m needs m + 1 anchors. With a
+            single order and ``horizon_span=0`` nothing is left to choose: a fixed predictor, and no probe runs.
+        horizon_span: λ of the paper. A candidate of order 1 or more, k steps after the newest anchor, comes with
+            each horizon in {k - λ, …, k}.
+        horizon_step: δ of the paper, the spacing of these horizons.
+        loss: proxy loss between predicted and actual probe features.
+        granularity: over what the argmin is taken: each token, each sample, or the whole batch. With ``batch``
+            the result of a sample depends on the others in its batch.
+        probe: features that the proxy loss compares: ``modulated_input`` of the first block, or what the
+            ``first_block`` adds to the hidden states (dearer: it runs the whole block).
+
+    Raises:
+        ConfigError: a value is not allowed.
+    """
+
+    interval: int = 6
+    warmup: int = 3
+    family: str = "taylor"
+    orders: tuple[int, ...] = (0, 1, 2)
+    horizon_span: float = 0.0
+    horizon_step: float = 1.0
+    loss: Loss = "cosine"
+    granularity: Granularity = "token"
+    probe: Probe = "modulated_input"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.orders, list):  # what JSON makes of a tuple
+            object.__setattr__(self, "orders", tuple(self.orders))
+        self._require("interval", _is_int(self.interval) and self.interval >= 1, "an integer of at least 1")
+        self._require("warmup", _is_int(self.warmup) and self.warmup >= 1, "an integer of at least 1")
+        self._require("family", self.family in FAMILIES, _one_of(FAMILIES))
+        self._require(
+            "orders",
+            isinstance(self.orders, tuple)
+            and len(self.orders) > 0
+            and len(set(self.orders)) == len(self.orders)
+            and all(_is_int(order) and 0 <= order <= MAX_ORDER for order in self.orders),
+            f"a non-empty tuple of distinct integers from 0 to {MAX_ORDER}",
+        )
+        self._require("horizon_span", _is_number(self.horizon_span) and self.horizon_span >= 0, "a number ≥ 0")
+        self._require("horizon_step", _is_number(self.horizon_step) and self.horizon_step > 0, "a number > 0")
+        self._require(
+            "horizon_step",
+            len(self.orders) * (self.horizon_span / self.horizon_step + 1) <= 255,
+            f"large enough for at most 255 candidates (horizon_span is {self.horizon_span})",
+        )
+        self._require("loss", self.loss in get_args(Loss), _one_of(get_args(Loss)))
+        self._require("granularity", self.granularity in get_args(Granularity), _one_of(get_args(Granularity)))
+        self._require("probe", self.probe in get_args(Probe), _one_of(get_args(Probe)))
+
+    def _require(self, field: str, valid: bool, allowed: str) -> None:
+        if not valid:
+            raise ConfigError(f"TAPConfig.{field} is {getattr(self, field)!r}; it must be {allowed}")
+
+    @classmethod
+    def paper(cls, interval: int) -> TAPConfig:
+        """Exactly the paper: 3 warm-up steps, Taylor orders 0 to 2, λ = 4, δ = 1, cosine, per token."""
+        return cls(interval=interval, horizon_span=4.0)
+
+    @property
+    def anchors(self) -> int:
+        """Anchors that the candidates need: the largest order plus one."""
+        return max(self.orders) + 1
+
+    @property
+    def chooses(self) -> bool:
+        """Whether there is more than one candidate, so that the probe is needed."""
+        return len(self.orders) > 1 or (self.orders != (0,) and self.horizon_span >= self.horizon_step)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as JSON takes them."""
+        return asdict(self) | {"orders": list(self.orders)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TAPConfig:
+        """Inverse of :meth:`to_dict`. Raises ConfigError for a name that is no field."""
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"TAPConfig has no field {name!r}; its fields are {', '.join(known)}")
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """All fields as a JSON object."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> TAPConfig:
+        """Inverse of :meth:`to_json`. Raises ConfigError where ``text`` is not a JSON object of fields."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"the configuration is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"the configuration must be a JSON object, not {type(values).__name__}")
+        return cls.from_dict(values)
+
+    def save(self, file: str | Path) -> None:
+        """Write :meth:`to_json` to a file."""
+        Path(file).write_text(self.to_json() + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, file: str | Path) -> TAPConfig:
+        """Inverse of :meth:`save`. Raises ConfigError, or OSError where the file can't be read."""
+        return cls.from_json(Path(file).read_text(encoding="utf-8"))
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _one_of(names: Any) -> str:
+    return "one of " + ", ".join(names)

@@ -1,0 +1,94 @@
+"""The emoji pictures and captions on which the demo model is trained.
+
+Two npm packages hold the pictures: ``emoji-datasource-google`` (Noto Emoji, Apache-2.0; the package is MIT)
+and ``@lobehub/fluent-emoji-3d`` (Microsoft Fluent Emoji, MIT). ``captions.tsv`` beside this file lists the
+emoji that have a caption, as code points and caption; both packages draw every one of them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import tarfile
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+PACKAGES = {
+    "noto": ("emoji-datasource-google@16.0.0", "package/img/google/64/", ".png"),
+    "fluent": ("@lobehub/fluent-emoji-3d@1.1.0", "package/assets/", ".webp"),
+}
+SIZE = 64
+_SKIN_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
+
+
+@cache
+def captions() -> dict[str, str]:
+    """Caption of each emoji, keyed by code points in lower-case hex joined by ``-``."""
+    lines = Path(__file__).with_name("captions.tsv").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("\t") for line in lines)
+
+
+def download(folder: Path) -> dict[str, Path]:
+    """Fetch both packages with ``npm pack`` into ``folder``, unless they are there; return the tarballs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tarballs = {}
+    for style, (spec, _, _) in PACKAGES.items():
+        marker = folder / f"{style}.tgz"
+        if not marker.exists():
+            packed = subprocess.run(
+                ["npm", "pack", "--json", spec], cwd=folder, check=True, capture_output=True, text=True
+            )
+            (folder / json.loads(packed.stdout)[0]["filename"].replace("/", "-").lstrip("@")).rename(marker)
+        tarballs[style] = marker
+    return tarballs
+
+
+def _on_white(data: bytes, size: int) -> np.ndarray:
+    picture = Image.open(io.BytesIO(data)).convert("RGBA")
+    # Premultiplied resampling: colours of fully transparent pixels must not bleed into the edges.
+    picture = picture.convert("RGBa").resize((size, size), Image.Resampling.LANCZOS).convert("RGBA")
+    white = Image.new("RGBA", picture.size, "white")
+    return np.asarray(Image.alpha_composite(white, picture).convert("RGB"))
+
+
+def _is_plain(code: str) -> bool:
+    parts = code.split("-")
+    is_flag = 0x1F1E6 <= int(parts[0], 16) <= 0x1F1FF or parts[0] in {"1f3f4", "1f3f3"}
+    return not is_flag and not _SKIN_TONES.intersection(parts[1:])
+
+
+def load(folder: Path, which: Literal["captioned", "all"] = "captioned") -> tuple[torch.Tensor, list[str], list[str]]:
+    """Pictures on white, their captions and their styles.
+
+    Args:
+        folder: where the npm packages are, or are downloaded to.
+        which: only the emoji of ``captions.tsv``, or all but flags and skin-tone variants (caption ``""``
+            where none is listed), which is what the autoencoder learns from.
+
+    Returns:
+        pictures (count, 3, 64, 64) uint8, captions, styles (``noto`` or ``fluent``), sorted by code points.
+    """
+    names = captions()
+    rows = []
+    for style, tarball in download(folder).items():
+        _, prefix, suffix = PACKAGES[style]
+        with tarfile.open(tarball) as archive:
+            for member in archive:
+                if not (member.name.startswith(prefix) and member.name.endswith(suffix)):
+                    continue
+                code = member.name[len(prefix) : -len(suffix)].lower()
+                caption = names.get(code) or names.get(f"{code}-fe0f") or names.get(code.removesuffix("-fe0f"), "")
+                if not caption and (which == "captioned" or not _is_plain(code)):
+                    continue
+                data = archive.extractfile(member)
+                assert data is not None
+                rows.append((code, style, caption, _on_white(data.read(), SIZE)))
+    rows.sort(key=lambda row: row[:2])
+    pictures = torch.from_numpy(np.stack([row[3] for row in rows])).permute(0, 3, 1, 2).contiguous()
+    return pictures, [row[2] for row in rows], [row[1] for row in rows]

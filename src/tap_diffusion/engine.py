@@ -1,0 +1,203 @@
+"""One model's state machine: compute or predict.
+
+The engine knows no model. An integration tells it, call by call, where the call stands, and hands it what the
+model computed at a full step, or asks it for the hidden states after the last block at a predicted one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tap_diffusion.cache import History
+from tap_diffusion.config import TAPConfig
+from tap_diffusion.errors import TAPWarning
+from tap_diffusion.predictors import candidates, difference_matrix
+from tap_diffusion.report import Choice, Report
+from tap_diffusion.schedule import is_full_step
+from tap_diffusion.selection import choose, combine, combine_chosen, proxy_losses, proxy_losses_onepass
+from tap_diffusion.tracking import Call
+
+
+class Fallback(Exception):
+    """A predicted step can't be trusted and must be run in full. The argument is the reason."""
+
+
+class Engine:
+    """Decides, predicts and keeps count for the trajectories of one model.
+
+    Args:
+        config: see :class:`TAPConfig`.
+    """
+
+    def __init__(self, config: TAPConfig) -> None:
+        self.config = config
+        self.report = Report()
+        self._histories: dict[str, History] = {}
+        self._doubts: dict[str, _LateFlag] = {}
+
+    # ------------------------------------------------------------------------------------------------- trajectories
+
+    def reset(self) -> None:
+        """Drop all that is remembered of the current trajectory, but not the report."""
+        self._histories.clear()
+        self._doubts.clear()
+
+    def begin(self, call: Call) -> bool:
+        """Take note of a call; return whether it is to be a full one."""
+        if call.starts_trajectory:
+            self.finish()
+            self.report = Report(trajectories=self.report.trajectories + 1)
+        if is_full_step(call.step, self.config.interval, self.config.warmup):
+            return True
+        if call.branch not in self._histories:
+            self.fall_back(call, "no finite anchor")
+            return True
+        if call.branch in self._doubts and self._doubts[call.branch].is_raised():
+            self.fall_back(call, "non-finite values in the predicted step before")
+            return True
+        return False
+
+    def end(self, call: Call, full: bool, milliseconds: Callable[[], float]) -> None:
+        """Take note that a call has run; free its branch after the last step."""
+        self.report.calls.append((call.step, full, milliseconds))
+        self.report.cache_bytes = max(self.report.cache_bytes, self.cache_bytes)
+        if call.is_last_step:
+            self._histories.pop(call.branch, None)
+            self._doubts.pop(call.branch, None)
+            if not self._histories:
+                self._warn_if_without_effect()
+
+    def finish(self) -> None:
+        """End the current trajectory, whether or not its last step was seen."""
+        if self._histories:
+            self._warn_if_without_effect()
+        self.reset()
+
+    def fall_back(self, call: Call, reason: str) -> None:
+        """Count a call that was to be predicted and has to be run in full; distrust the history that led to it."""
+        self.report.fallbacks[reason] += 1
+        self._histories.pop(call.branch, None)
+        self._doubts.pop(call.branch, None)
+
+    def _warn_if_without_effect(self) -> None:
+        report, config = self.report, self.config
+        if config.interval == 1 or report.predicted_calls or not report.calls:
+            return
+        if report.fallbacks:
+            reason = "; ".join(f"{reason} ({count} calls)" for reason, count in report.fallbacks.items())
+        else:
+            reason = (
+                f"it had {report.steps} steps, and with warmup={config.warmup} the first predicted step is number"
+                f" {config.warmup + 1}. Use more steps or a smaller warmup"
+            )
+        warnings.warn(f"TAP predicted no step of this trajectory: {reason}.", TAPWarning, stacklevel=2)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that the histories hold now."""
+        return sum(history.nbytes for history in self._histories.values())
+
+    # --------------------------------------------------------------------------------------------------- the two kinds
+
+    def record(self, call: Call, residual: Tensor, probe: Tensor | None) -> None:
+        """Make a full step's features the newest anchor of its branch.
+
+        Args:
+            residual: hidden states after the last block minus those before the first, (B, N, D).
+            probe: probe features, (B, N, D'), or None where nothing is selected.
+        """
+        if self.config.interval == 1:
+            return
+        if not _all_finite(residual, probe):
+            # No anchor rather than a bad one. The steps up to the next full one then have none and run in full.
+            self._histories.pop(call.branch, None)
+            return
+        history = self._histories.get(call.branch)
+        if history is None or not history.fits(residual):
+            history = self._histories[call.branch] = History(self.config.anchors)
+        history.add(call.step, residual, probe)
+        self._doubts.pop(call.branch, None)
+
+    def predict(self, call: Call, hidden_states: Tensor, probe: Callable[[], Tensor]) -> Tensor:
+        """The hidden states after the last block, predicted (paper, token-adaptive selection).
+
+        Args:
+            hidden_states: x, before the first block, (B, N, D).
+            probe: computes the probe features now, (B, N, D'); not called where there is one candidate.
+
+        Returns:
+            x + r̂, (B, N, D) in the dtype of x.
+
+        Raises:
+            Fallback: the shape, dtype or device changed, or a value is not finite.
+        """
+        history = self._histories[call.branch]
+        if not history.fits(hidden_states):
+            raise Fallback("the shape, dtype or device of the hidden states changed")
+        config = self.config
+        members, weights = candidates(
+            config.family, config.orders, config.horizon_span, config.horizon_step, history.times, call.step
+        )
+        # Weights over anchors, as coefficients of the differences that the history keeps.
+        coefficients = torch.from_numpy(np.linalg.solve(difference_matrix(history.times).T, weights.T).T)
+        if len(members) == 1:
+            predicted = combine(history.residual, coefficients[0].tolist())
+            return self._checked(call, hidden_states, predicted, None)
+        h = probe()
+        coefficients = coefficients.to(h.device, torch.promote_types(h.dtype, torch.float32))
+        if config.loss == "l1":
+            losses = proxy_losses(h, history.probe, coefficients, config.loss)
+        else:
+            losses = proxy_losses_onepass(h, history.probe, history.gram, coefficients, config.loss)
+        choice = choose(losses, config.granularity)
+        result = self._checked(call, hidden_states, combine_chosen(history.residual, coefficients, choice), h)
+        self.report.choices.append(Choice(call.step, call.branch, members, choice.to(torch.uint8)))
+        return result
+
+    def _checked(self, call: Call, hidden_states: Tensor, predicted: Tensor, h: Tensor | None) -> Tensor:
+        """x + r̂ if everything is finite; else a fallback, on a GPU one step late so that nothing waits for it."""
+        result = (hidden_states + predicted).to(hidden_states.dtype)
+        if not self.checks_late(result):
+            if not _all_finite(result, h):
+                raise Fallback("non-finite values")
+            return result
+        self._doubts[call.branch] = _LateFlag(~_finite(result, h))
+        reused = hidden_states + self._histories[call.branch].residual[0]
+        return torch.where(result.isfinite(), result, reused)
+
+    @staticmethod
+    def checks_late(tensor: Tensor) -> bool:
+        """Whether reading a value on the host would wait for a device."""
+        return tensor.is_cuda
+
+
+class _LateFlag:
+    """A flag on a GPU that is read without waiting: until it has arrived, it counts as not raised."""
+
+    def __init__(self, flag: Tensor) -> None:
+        self._arrived: Any = None
+        if flag.is_cuda:
+            self._value = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._value.copy_(flag, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        else:
+            self._value = flag
+
+    def is_raised(self) -> bool:
+        return (self._arrived is None or self._arrived.query()) and bool(self._value)
+
+
+def _finite(*tensors: Tensor | None) -> Tensor:
+    flags = [tensor.isfinite().all() for tensor in tensors if tensor is not None]
+    return torch.stack(flags).all()
+
+
+def _all_finite(*tensors: Tensor | None) -> bool:
+    return bool(_finite(*tensors))

@@ -1,0 +1,144 @@
+"""Choosing a predictor for each token: proxy losses, argmin, combination.
+
+Candidates come as coefficients (K, H) over finite differences D_i = Δ^iF at the newest anchor, so candidate k
+predicts F̂_k = Σ_i c_ki D_i. All functions are pure; low-precision inputs are computed in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tap_diffusion.config import Granularity, Loss
+
+
+def proxy_losses(probe: Tensor, differences: Sequence[Tensor], coefficients: Tensor, loss: Loss) -> Tensor:
+    """Reference form of the proxy losses: predict the probe with each candidate and compare (paper, proxy loss).
+
+    Args:
+        probe: h, the probe features now, (B, N, D).
+        differences: H tensors (B, N, D) of the probe's history.
+        coefficients: (K, H).
+        loss: ``cosine`` is 1 - cos(ĥ, h), and 1 where either vanishes; ``l2`` is ‖ĥ - h‖²; ``relative_l2`` is
+            ‖ĥ - h‖² / ‖h‖²; ``l1`` is Σ|ĥ - h|.
+
+    Returns:
+        (K, B, N), float32 or better.
+    """
+    h = _wide(probe)
+    losses = []
+    for row in coefficients.tolist():
+        predicted = combine(differences, row)
+        error = predicted - h
+        if loss == "cosine":
+            losses.append(1 - torch.cosine_similarity(predicted, h, dim=-1))
+        elif loss == "l2":
+            losses.append(error.square().sum(-1))
+        elif loss == "relative_l2":
+            losses.append(error.square().sum(-1) / _positive(h.square().sum(-1)))
+        else:
+            losses.append(error.abs().sum(-1))
+    return torch.stack(losses)
+
+
+def gram_matrix(differences: Sequence[Tensor]) -> Tensor:
+    """G_ij = ⟨D_i, D_j⟩ of each token: (B, N, H, H)."""
+    wide = [_wide(difference) for difference in differences]
+    size = len(wide)
+    gram = wide[0].new_empty(*wide[0].shape[:-1], size, size)
+    for i in range(size):
+        for j in range(i, size):
+            gram[..., i, j] = gram[..., j, i] = (wide[i] * wide[j]).sum(-1)
+    return gram
+
+
+def proxy_losses_onepass(
+    probe: Tensor, differences: Sequence[Tensor], gram: Tensor, coefficients: Tensor, loss: Loss
+) -> Tensor:
+    """The same losses from inner products alone: one read of the probe and its history, however many candidates.
+
+    With d = h - D_0 and c' = c - (1, 0, …), the error is e = Σ c'_i D_i - d, hence ‖e‖² = ‖d‖² - 2 c'·g + c'ᵀGc'
+    with g_i = ⟨d, D_i⟩. Cosine distance follows without cancellation from
+    1 - cos = (‖e‖² - (‖ĥ‖ - ‖h‖)²) / (2 ‖ĥ‖ ‖h‖), where ‖ĥ‖² - ‖h‖² = ‖e‖² + 2⟨h, e⟩.
+
+    Args:
+        probe, differences, coefficients, loss: as for :func:`proxy_losses`; ``l1`` is no function of inner
+            products and raises ValueError.
+        gram: of ``differences``, from :func:`gram_matrix`.
+
+    Returns:
+        (K, B, N), float32 or better.
+    """
+    if loss == "l1":
+        raise ValueError("the L1 loss does not follow from inner products; use proxy_losses")
+    d = _wide(probe) - differences[0]
+    g = torch.stack([(d * difference).sum(-1) for difference in differences], dim=-1)
+    d_squared = d.square().sum(-1)
+    c = torch.cat([coefficients[:, :1] - 1, coefficients[:, 1:]], dim=1).to(gram)
+    quadratic = torch.einsum("kh,bnhi,ki->kbn", c, gram, c)
+    error = (d_squared - 2 * torch.einsum("kh,bnh->kbn", c, g) + quadratic).clamp_min(0)
+    if loss == "l2":
+        return error
+    h_squared = (d_squared + 2 * g[..., 0] + gram[..., 0, 0]).clamp_min(0)
+    if loss == "relative_l2":
+        return error / _positive(h_squared)
+    h_dot_e = torch.einsum("kh,bnh->kbn", c, g + gram[..., 0, :]) - (d_squared + g[..., 0])
+    gain = error + 2 * h_dot_e  # ‖ĥ‖² - ‖h‖²
+    h_norm = h_squared.sqrt()
+    predicted_norm = (h_squared + gain).clamp_min(0).sqrt()
+    shortfall = gain / _positive(predicted_norm + h_norm)
+    product = predicted_norm * h_norm
+    distance = (error - shortfall.square()) / _positive(2 * product)
+    return torch.where(product > 0, distance, 1.0)
+
+
+def choose(losses: Tensor, granularity: Granularity) -> Tensor:
+    """Index of the candidate with the smallest loss; of equal losses the first, and NaN never wins.
+
+    Args:
+        losses: (K, B, N).
+        granularity: ``token``, or the loss averaged over each ``sample`` or the whole ``batch`` first.
+
+    Returns:
+        (B, N) int64.
+    """
+    losses = losses.nan_to_num(nan=torch.inf)
+    if granularity == "sample":
+        losses = losses.mean(2, keepdim=True).expand_as(losses)
+    elif granularity == "batch":
+        losses = losses.mean((1, 2), keepdim=True).expand_as(losses)
+    return losses.argmin(0)
+
+
+def combine(differences: Sequence[Tensor], coefficients: Sequence[float | Tensor]) -> Tensor:
+    """Σ_i c_i D_i in float32 or better; each c_i is a number or a tensor that broadcasts over (B, N, D)."""
+    result = _wide(differences[0]) * coefficients[0]
+    for difference, coefficient in zip(differences[1:], coefficients[1:], strict=True):
+        result = result + _wide(difference) * coefficient
+    return result
+
+
+def combine_chosen(differences: Sequence[Tensor], coefficients: Tensor, choice: Tensor) -> Tensor:
+    """Prediction of each token by its own candidate: F̂[n] = Σ_i c_{p*[n], i} D_i[n].
+
+    Args:
+        differences: H tensors (B, N, D).
+        coefficients: (K, H).
+        choice: (B, N), indices into K.
+
+    Returns:
+        (B, N, D), float32 or better.
+    """
+    wide = torch.promote_types(differences[0].dtype, torch.float32)
+    rows = coefficients.to(dtype=wide, device=choice.device)[choice]  # (B, N, H)
+    return combine(differences, [row.unsqueeze(-1) for row in rows.unbind(-1)])
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _positive(tensor: Tensor) -> Tensor:
+    return tensor.clamp_min(torch.finfo(tensor.dtype).tiny)

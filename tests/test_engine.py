@@ -1,0 +1,198 @@
+"""The state machine, driven by hand: faults, fallbacks, endings."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tap_diffusion import TAPConfig, TAPWarning
+from tap_diffusion.engine import Engine, Fallback
+from tap_diffusion.predictors import candidates
+from tap_diffusion.tracking import Call
+
+SHAPE = (2, 4, 3)
+CONFIG = TAPConfig(interval=4)
+
+
+def call(step: int, branch: str = "a", last: bool = False) -> Call:
+    return Call(step, branch, starts_trajectory=step == 0 and branch == "a", is_last_step=last)
+
+
+def features(step: int) -> Tensor:
+    """A quadratic in time, different for each token."""
+    base = torch.arange(math.prod(SHAPE), dtype=torch.float32).reshape(SHAPE) / 10 + 1
+    return base + 0.1 * step * base.flip(1) + 0.01 * step * step
+
+
+class Driver:
+    """Runs an engine over a trajectory, with faults where they are wanted."""
+
+    def __init__(self, config: TAPConfig = CONFIG) -> None:
+        self.engine = Engine(config)
+        self.full: list[int] = []
+        self.outputs: dict[int, Tensor] = {}
+
+    def run(
+        self,
+        steps: int = 12,
+        branch: str = "a",
+        residual: dict[int, Tensor] | None = None,
+        probe: dict[int, Tensor] | None = None,
+        stream: dict[int, Tensor] | None = None,
+        ends: bool = True,
+    ) -> Driver:
+        for step in range(steps):
+            where = call(step, branch, last=ends and step == steps - 1)
+            x = (stream or {}).get(step, torch.zeros(SHAPE))
+            h = (probe or {}).get(step, features(step))
+            full = self.engine.begin(where)
+            if not full:
+                try:
+                    self.outputs[step] = self.engine.predict(where, x, lambda h=h: h)  # type: ignore[misc]
+                except Fallback as fallback:
+                    self.engine.fall_back(where, str(fallback))
+                    full = True
+            if full:
+                self.full.append(step)
+                self.engine.record(where, (residual or {}).get(step, -features(step)).expand(x.shape), h)
+            self.engine.end(where, full, lambda: 1.0)
+        return self
+
+
+def test_runs_the_schedule() -> None:
+    driver = Driver().run()
+    assert driver.full == [0, 1, 2, 6, 10]
+    report = driver.engine.report
+    assert (report.steps, report.full_steps, report.predicted_steps) == (12, 5, 7)
+    assert report.evaluations_speedup == 12 / 5
+    assert not report.fallbacks
+
+
+def test_prediction_is_that_of_the_best_candidate() -> None:
+    """Residuals are minus the probe features, so the right choice can be worked out from them alone."""
+    driver = Driver(TAPConfig(interval=4, loss="l2")).run(4)
+    _, weights = candidates("taylor", (0, 1, 2), 0, 1, [2, 1, 0], 3)
+    predictions = torch.einsum("kh,hbnd->kbnd", torch.from_numpy(weights).float(), torch.stack([features(i) for i in (2, 1, 0)]))
+    best = (predictions - features(3)).square().sum(-1).argmin(0)
+    expected = -predictions.gather(0, best[None, ..., None].expand(1, *SHAPE))[0]
+    torch.testing.assert_close(driver.outputs[3], expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(driver.engine.report.choices[0].index.long(), best)
+
+
+@pytest.mark.parametrize("what", ["residual", "probe"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_bad_anchor_is_not_kept(what: str, value: float) -> None:
+    bad = features(6).clone()
+    bad[0, 0, 0] = value
+    driver = Driver().run(**{what: {6: bad}})  # type: ignore[arg-type]
+    # 7 has no anchor and runs in full; 8 and 9 have that one.
+    assert driver.full == [0, 1, 2, 6, 7, 10]
+    assert driver.engine.report.fallbacks == {"no finite anchor": 1}
+    assert all(output.isfinite().all() for output in driver.outputs.values())
+
+
+def test_a_bad_probe_makes_the_step_full() -> None:
+    bad = features(4).clone()
+    bad[1, 2, 0] = math.nan
+    driver = Driver().run(probe={4: bad, 5: features(5)}, residual={4: features(4)})
+    assert 4 in driver.full
+    assert driver.engine.report.fallbacks["non-finite values"] == 1
+
+
+def test_an_overflowing_prediction_makes_the_step_full() -> None:
+    """float16: the anchors are finite, the extrapolation is not."""
+    big = {i: torch.full(SHAPE, 2.0**14 * (i + 1), dtype=torch.float16) for i in range(3)}
+    half = {i: torch.zeros(SHAPE, dtype=torch.float16) for i in range(12)}
+    driver = Driver(TAPConfig(interval=4, orders=(2,)))
+    driver.run(stream=half, residual=big | {i: half[0] for i in range(3, 12)}, probe=half)
+    assert driver.full[:4] == [0, 1, 2, 3]
+    assert driver.engine.report.fallbacks == {"non-finite values": 1}
+
+
+def test_late_checks_reuse_at_once_and_run_the_next_step_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What happens on a GPU, where reading the flag at once would wait."""
+    monkeypatch.setattr(Engine, "checks_late", staticmethod(lambda _: True))
+    bad = features(4).clone()
+    bad[1, 2, 0] = math.nan
+    driver = Driver().run(probe={4: bad})
+    assert driver.full == [0, 1, 2, 5, 6, 10]
+    assert driver.engine.report.fallbacks == {"non-finite values in the predicted step before": 1}
+    assert driver.outputs[4].isfinite().all()
+    torch.testing.assert_close(driver.outputs[4][1, 2], -features(2)[1, 2])
+
+
+def test_a_change_of_shape_runs_in_full() -> None:
+    small = torch.zeros(1, *SHAPE[1:])
+    driver = Driver()
+    driver.run(stream={i: small for i in range(4, 12)}, probe={i: features(i)[:1] for i in range(4, 12)},
+               residual={i: features(i)[:1] for i in range(4, 12)})  # fmt: skip
+    assert driver.full == [0, 1, 2, 4, 6, 10]
+    assert list(driver.engine.report.fallbacks) == ["the shape, dtype or device of the hidden states changed"]
+
+
+def test_branches_have_histories_of_their_own() -> None:
+    engine = Engine(CONFIG)
+    outputs = {}
+    for step in range(4):
+        for sign, branch in ((1, "a"), (-1, "b")):
+            where = call(step, branch)
+            if engine.begin(where):
+                engine.record(where, sign * features(step), sign * features(step))
+            else:
+                outputs[branch] = engine.predict(where, torch.zeros(SHAPE), lambda s=sign: s * features(3))  # type: ignore[misc]
+            engine.end(where, step < 3, lambda: 1.0)
+    torch.testing.assert_close(outputs["a"], -outputs["b"])
+    assert engine.report.steps == 4
+    assert engine.report.full_calls == 6
+
+
+def test_memory_is_freed_at_the_last_step() -> None:
+    driver = Driver().run(11)
+    assert driver.engine.cache_bytes == 0
+    feature = features(0).nbytes
+    gram = 2 * 4 * 3 * 3 * 4
+    assert driver.engine.report.cache_bytes == 2 * 3 * feature + gram
+
+
+def test_interval_one_keeps_nothing() -> None:
+    driver = Driver(TAPConfig(interval=1)).run(ends=False)
+    assert driver.full == list(range(12))
+    assert driver.engine.report.cache_bytes == 0
+
+
+def test_one_candidate_needs_no_probe() -> None:
+    engine = Engine(TAPConfig(interval=4, orders=(1,)))
+
+    def never() -> Tensor:
+        raise AssertionError("the probe ran")
+
+    for step in range(4):
+        if engine.begin(call(step)):
+            engine.record(call(step), features(step), None)
+        else:
+            result = engine.predict(call(step), torch.ones(SHAPE), never)
+    torch.testing.assert_close(result, 1 + 2 * features(2) - features(1))
+
+
+def test_without_effect_warns_with_the_reason() -> None:
+    with pytest.warns(TAPWarning, match=r"it had 3 steps, and with warmup=3 the first predicted step is number 4"):
+        Driver().run(3)
+    bad = {i: torch.full(SHAPE, math.nan) for i in range(12)}
+    with pytest.warns(TAPWarning, match=r"no finite anchor \(7 calls\)"):
+        Driver().run(residual=bad)
+
+
+def test_report_prints_and_counts() -> None:
+    driver = Driver().run()
+    text = str(driver.engine.report)
+    assert "12 steps, 5 full and 7 predicted (2.40x fewer evaluations)" in text
+    assert driver.engine.report.full_step_ms == driver.engine.report.predicted_step_ms == 1.0
+    shares = driver.engine.report.shares()
+    assert sum(shares.values()) == pytest.approx(1)
+    values: dict[str, Any] = driver.engine.report.to_dict()
+    assert values["full_calls"] == 5
+    assert str(Engine(CONFIG).report) == "TAP: nothing has run yet"

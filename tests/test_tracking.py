@@ -1,0 +1,166 @@
+"""Scripted sequences of calls, and where the tracker places them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+
+from tap_diffusion.tracking import Call, StepTracker
+
+
+class Run:
+    """A pipeline's loop as a transformer sees it."""
+
+    def __init__(self, scheduler: Any = None, steps: int = 5, start: int = 0, known: bool = True) -> None:
+        self.scheduler = scheduler or FlowMatchEulerDiscreteScheduler()
+        self.scheduler.set_timesteps(steps)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(start)
+        self.timesteps = self.scheduler.timesteps[start:]
+        self.embeddings = [torch.zeros(1), torch.zeros(1)]
+
+    def calls(
+        self, tracker: StepTracker, branches: list[str | None] | None = None, stop: int = 1000, mid_step: bool = False
+    ) -> list[Call]:
+        """Run up to ``stop`` steps; with ``mid_step`` the last one is cut off after its first call."""
+        branches = [None] if branches is None else branches
+        result = []
+        for i, t in enumerate(self.timesteps[:stop]):
+            last = mid_step and i == min(stop, len(self.timesteps)) - 1
+            for name, embedding in list(zip(branches, self.embeddings, strict=False))[: 1 if last else None]:
+                result.append(tracker.locate(t.expand(2) / 1000, name, embedding))
+            if not last:
+                self.scheduler.step(torch.zeros(1, 4), t, torch.zeros(1, 4))
+        return result
+
+
+def knowing(*schedulers: Any) -> StepTracker:
+    tracker = StepTracker()
+    tracker.schedulers = [lambda s=s: s for s in schedulers]
+    return tracker
+
+
+def steps(calls: list[Call]) -> list[tuple[int, bool]]:
+    return [(call.step, call.starts_trajectory) for call in calls]
+
+
+FIVE = [(0, True), (1, False), (2, False), (3, False), (4, False)]
+
+
+def test_one_branch_by_timesteps_alone() -> None:
+    tracker = StepTracker()
+    assert steps(Run().calls(tracker)) == FIVE
+    assert steps(Run().calls(tracker)) == FIVE
+
+
+def test_one_branch_by_the_scheduler() -> None:
+    run = Run()
+    calls = run.calls(knowing(run.scheduler))
+    assert steps(calls) == FIVE
+    assert [call.is_last_step for call in calls] == [False] * 4 + [True]
+
+
+def test_two_branches_named_or_not() -> None:
+    for branches in (["cond", "uncond"], [None, None]):
+        for known in (True, False):
+            run = Run()
+            tracker = knowing(run.scheduler) if known else StepTracker()
+            calls = run.calls(tracker, branches)
+            assert [call.step for call in calls] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+            assert [call.starts_trajectory for call in calls] == [True] + [False] * 9
+            first, second = {call.branch for call in calls[::2]}, {call.branch for call in calls[1::2]}
+            assert len(first) == len(second) == 1
+            assert first != second
+
+
+def test_an_interrupted_run_never_reaches_the_next() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    for tracker in (knowing(scheduler), StepTracker()):
+        for branches in ([None], ["cond", "uncond"], [None, None]):
+            for stop in (1, 2, 3):
+                for mid_step in (False, True):
+                    Run(scheduler).calls(tracker, branches, stop, mid_step)
+                    calls = Run(scheduler).calls(tracker, branches)
+                    begun = max(i for i, call in enumerate(calls) if call.starts_trajectory)
+                    # With unnamed branches and no scheduler, the new run may be noticed one step late; what matters
+                    # is that a start lies before anything that could have been predicted.
+                    assert begun <= (len(branches) if branches[0] is None else 0), (branches, stop, mid_step)
+
+
+def test_a_run_that_starts_lower_than_the_last_one_stopped() -> None:
+    # Text to image, interrupted after step 1; then image to image from step 3.
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    for tracker in (knowing(scheduler), StepTracker()):
+        Run(scheduler).calls(tracker, stop=2)
+        calls = Run(scheduler, start=3).calls(tracker)
+        assert steps(calls) == [(0, True), (1, False)]
+
+
+def test_the_same_embeddings_again() -> None:
+    tracker = StepTracker()
+    run = Run()
+    run.calls(tracker)
+    run.scheduler.set_timesteps(5)
+    assert steps(run.calls(tracker)) == FIVE
+
+
+def test_two_pipelines_share_the_transformer() -> None:
+    known, foreign = Run(), Run(steps=7)
+    for tracker in (knowing(known.scheduler), knowing(known.scheduler, foreign.scheduler)):
+        known = Run(known.scheduler)
+        assert steps(known.calls(tracker)) == FIVE
+        foreign = Run(foreign.scheduler, steps=7)
+        assert steps(foreign.calls(tracker))[:5] == FIVE
+        known = Run(known.scheduler)
+        known.calls(tracker, stop=2)
+        foreign = Run(foreign.scheduler, steps=7)
+        assert steps(foreign.calls(tracker))[:5] == FIVE
+        known = Run(known.scheduler)
+        assert steps(known.calls(tracker)) == FIVE
+
+
+def test_a_scheduler_that_does_not_count() -> None:
+    run = Run(DDIMScheduler())
+    calls = run.calls(knowing(run.scheduler))
+    assert steps(calls) == FIVE
+    assert [call.is_last_step for call in calls] == [False] * 4 + [True]
+
+
+def test_a_scheduler_that_evaluates_twice_per_step() -> None:
+    run = Run(FlowMatchHeunDiscreteScheduler())
+    calls = run.calls(knowing(run.scheduler))
+    assert [call.step for call in calls] == list(range(9))
+    assert {call.branch for call in calls} == {calls[0].branch}
+
+
+def test_the_scheduler_spares_reading_the_timestep() -> None:
+    """On a GPU that would wait for the device; here a timestep that may be read twice at most stands for one."""
+
+    class Costly(torch.Tensor):
+        reads = 0
+
+        def __float__(self) -> float:
+            Costly.reads += 1
+            return float(self.as_subclass(torch.Tensor))
+
+    run = Run(steps=20)
+    tracker = knowing(run.scheduler)
+    for t in run.timesteps:
+        tracker.locate((t.expand(1) / 1000).as_subclass(Costly), "cond", run.embeddings[0])
+        run.scheduler.step(torch.zeros(1, 4), t, torch.zeros(1, 4))
+    assert Costly.reads == 1
+
+
+def test_keeps_no_embeddings_alive() -> None:
+    import gc
+    import weakref
+
+    tracker = StepTracker()
+    embedding = torch.zeros(1)
+    alive = weakref.ref(embedding)
+    tracker.locate(torch.tensor([0.5]), None, embedding)
+    del embedding
+    gc.collect()
+    assert alive() is None
