@@ -76,7 +76,9 @@ def test_prediction_is_that_of_the_best_candidate() -> None:
     """Residuals are minus the probe features, so the right choice can be worked out from them alone."""
     driver = Driver(TAPConfig(interval=4, loss="l2")).run(4)
     _, weights = candidates("taylor", (0, 1, 2), 0, 1, [2, 1, 0], 3)
-    predictions = torch.einsum("kh,hbnd->kbnd", torch.from_numpy(weights).float(), torch.stack([features(i) for i in (2, 1, 0)]))
+    predictions = torch.einsum(
+        "kh,hbnd->kbnd", torch.from_numpy(weights).float(), torch.stack([features(i) for i in (2, 1, 0)])
+    )
     best = (predictions - features(3)).square().sum(-1).argmin(0)
     expected = -predictions.gather(0, best[None, ..., None].expand(1, *SHAPE))[0]
     torch.testing.assert_close(driver.outputs[3], expected, rtol=1e-5, atol=1e-5)

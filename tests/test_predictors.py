@@ -41,9 +41,7 @@ def test_differences_are_those_of_the_recursion(times: list[float], data: st.Dat
 def test_taylor_is_the_paper_s_sum(times: list[float], k: int, data: st.DataObject) -> None:
     order = data.draw(st.integers(0, len(times) - 1))
     values = data.draw(st.lists(st.floats(-10, 10), min_size=len(times), max_size=len(times)))
-    expected = sum(
-        recursive_difference(values, times, i) * float(k) ** i / math.factorial(i) for i in range(order + 1)
-    )
+    expected = sum(recursive_difference(values, times, i) * float(k) ** i / math.factorial(i) for i in range(order + 1))
     scale = 1 + max(map(abs, values)) * float(k) ** order
     assert taylor(order)(times, times[0] + k) @ np.array(values) == pytest.approx(expected, abs=1e-9 * scale)
 

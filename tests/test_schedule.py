@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,5 +23,5 @@ def test_warm_up_then_one_in_every_interval(steps: int, interval: int, warmup: i
     full = full_steps(steps, interval, warmup)
     assert full[:warmup] == list(range(min(warmup, steps)))
     later = full[warmup - 1 :]
-    assert all(b - a == interval for a, b in zip(later, later[1:], strict=False))
+    assert all(b - a == interval for a, b in pairwise(later))
     assert steps - full[-1] <= max(interval, 1)

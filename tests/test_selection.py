@@ -140,8 +140,8 @@ def test_ties_go_to_the_first_in_both_forms(loss: Loss) -> None:
 @given(seed=st.integers(0, 2**31), gap=st.sampled_from([1e-3, 1e-5, 1e-7]))
 def test_near_ties_cost_no_more_than_rounding(loss: Loss, seed: int, gap: float) -> None:
     """Candidates a hair apart may be confused in float32, but the loss of the one taken is the least but a hair."""
-    anchors, differences, h = scene(seed)
-    coefficients, weights = coefficients_and_weights(0.0)
+    _, differences, h = scene(seed)
+    coefficients, _ = coefficients_and_weights(0.0)
     coefficients = torch.cat([coefficients, coefficients * torch.tensor([1, 1 + gap, 1 + gap])])
     exact = proxy_losses(h, differences, coefficients, loss)
     single = [d.float() for d in differences]

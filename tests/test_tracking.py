@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,9 +37,16 @@ class Run:
         return result
 
 
+class Holder:
+    """What stands for a pipeline."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+
+
 def knowing(*schedulers: Any) -> StepTracker:
     tracker = StepTracker()
-    tracker.schedulers = [lambda s=s: s for s in schedulers]
+    tracker.schedulers = [partial(getattr, holder, "scheduler") for holder in map(Holder, schedulers)]
     return tracker
 
 
@@ -63,7 +71,8 @@ def test_one_branch_by_the_scheduler() -> None:
 
 
 def test_two_branches_named_or_not() -> None:
-    for branches in (["cond", "uncond"], [None, None]):
+    both: list[list[str | None]] = [["cond", "uncond"], [None, None]]
+    for branches in both:
         for known in (True, False):
             run = Run()
             tracker = knowing(run.scheduler) if known else StepTracker()
@@ -77,8 +86,9 @@ def test_two_branches_named_or_not() -> None:
 
 def test_an_interrupted_run_never_reaches_the_next() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler()
+    kinds: list[list[str | None]] = [[None], ["cond", "uncond"], [None, None]]
     for tracker in (knowing(scheduler), StepTracker()):
-        for branches in ([None], ["cond", "uncond"], [None, None]):
+        for branches in kinds:
             for stop in (1, 2, 3):
                 for mid_step in (False, True):
                     Run(scheduler).calls(tracker, branches, stop, mid_step)

@@ -12,7 +12,7 @@ from tap_diffusion.errors import ConfigError, TAPWarning, UnsupportedModelError
 
 if TYPE_CHECKING:
     from tap_diffusion.integrations.api import apply_tap, disable, enable, enabled, report
-    from tap_diffusion.report import Report
+    from tap_diffusion.reporting import Report
 
 __version__ = "0.1.0"
 
@@ -35,5 +35,5 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(
-        import_module("tap_diffusion.report" if name == "Report" else "tap_diffusion.integrations.api"), name
+        import_module("tap_diffusion.reporting" if name == "Report" else "tap_diffusion.integrations.api"), name
     )

@@ -90,14 +90,13 @@ def generate(
         if config.warmup > steps:
             raise UsageError(f"warmup is {config.warmup}, more than the {steps} steps")
         _make_writable(out)
-        with console.status(f"loading {model}"):
-            # These take seconds, for which neither --help nor a wrong option should wait.
+        with console.status("importing diffusers"):
+            # That takes seconds, for which neither --help nor a wrong option should wait.
             os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
             os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
             from tap_diffusion.generate import Request, load_pipeline
             from tap_diffusion.generate import generate as run_generate
-
-            pipe = load_pipeline(model, *_placement(dtype, device))
+        pipe = load_pipeline(model, *_placement(dtype, device))
         if model == "emoji":  # its vocabulary has no capitals
             wanted = [prompt.lower() for prompt in wanted]
         request = Request(wanted, steps, seed, guidance, height, width, batch_size)

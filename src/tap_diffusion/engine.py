@@ -18,7 +18,7 @@ from tap_diffusion.cache import History
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.errors import TAPWarning
 from tap_diffusion.predictors import candidates, difference_matrix
-from tap_diffusion.report import Choice, Report
+from tap_diffusion.reporting import Choice, Report
 from tap_diffusion.schedule import is_full_step
 from tap_diffusion.selection import choose, combine, combine_chosen, proxy_losses, proxy_losses_onepass
 from tap_diffusion.tracking import Call
@@ -40,6 +40,7 @@ class Engine:
         self.report = Report()
         self._histories: dict[str, History] = {}
         self._doubts: dict[str, _LateFlag] = {}
+        self._may_have_ended = False
 
     # ------------------------------------------------------------------------------------------------- trajectories
 
@@ -47,6 +48,7 @@ class Engine:
         """Drop all that is remembered of the current trajectory, but not the report."""
         self._histories.clear()
         self._doubts.clear()
+        self._may_have_ended = False
 
     def begin(self, call: Call) -> bool:
         """Take note of a call; return whether it is to be a full one."""
@@ -66,6 +68,7 @@ class Engine:
     def end(self, call: Call, full: bool, milliseconds: Callable[[], float]) -> None:
         """Take note that a call has run; free its branch after the last step."""
         self.report.calls.append((call.step, full, milliseconds))
+        self._may_have_ended = call.is_last_step is None
         self.report.cache_bytes = max(self.report.cache_bytes, self.cache_bytes)
         if call.is_last_step:
             self._histories.pop(call.branch, None)
@@ -75,7 +78,7 @@ class Engine:
 
     def finish(self) -> None:
         """End the current trajectory, whether or not its last step was seen."""
-        if self._histories:
+        if self._may_have_ended:  # rather than been interrupted
             self._warn_if_without_effect()
         self.reset()
 

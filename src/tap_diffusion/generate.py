@@ -18,12 +18,13 @@ import torch
 from diffusers import DiffusionPipeline, FluxPipeline
 from torch import Tensor
 
+from tap_diffusion import __version__
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.demo import EMOJI
 from tap_diffusion.demo.sheets import choices_sheet, sheet, stack, to_image
 from tap_diffusion.errors import UsageError
 from tap_diffusion.integrations.api import enabled, report
-from tap_diffusion.report import Report
+from tap_diffusion.reporting import Report
 
 COLUMNS = 8  # of compare.png
 
@@ -50,7 +51,7 @@ def load_pipeline(model: str, dtype: torch.dtype, device: str) -> DiffusionPipel
             f"unknown model '{model}': give emoji, a folder with a model_index.json, or a hub id owner/name"
         )
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
+        pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError) as error:
         if not path.is_dir() and _is_connection_error(error):
             raise UsageError(
@@ -103,8 +104,8 @@ class Request:
                 raise UsageError(f"{name} {value} can't be done by this model: it must be a multiple of {multiple}")
 
     def size(self, pipe: Any) -> tuple[int, int]:
-        """Height and width in pixels."""
-        native = pipe.default_sample_size * pipe.vae_scale_factor
+        """Height and width in pixels; the model's own where none are given."""
+        native = pipe.vae.config.sample_size  # FluxPipeline.default_sample_size is that of FLUX.1 whatever the model
         return self.height or native, self.width or native
 
     def arguments(self, pipe: Any) -> dict[str, Any]:
@@ -237,7 +238,12 @@ def _summary(pipe: Any, model: str, request: Request, config: TAPConfig, account
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": str(parameter.device),
         "config": config.to_dict(),
-        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()},
+        "versions": {
+            "tap_diffusion": __version__,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "python": platform.python_version(),
+        },
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
     }  # fmt: skip
 

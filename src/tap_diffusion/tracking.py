@@ -20,12 +20,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Call:
-    """Where a call stands: its step counts from the start of its trajectory, whatever the scheduler's index."""
+    """Where a call stands.
+
+    Attributes:
+        step: counts from the start of the trajectory, whatever the scheduler's index.
+        is_last_step: None where no scheduler tells.
+    """
 
     step: int
     branch: str
     starts_trajectory: bool
-    is_last_step: bool
+    is_last_step: bool | None
 
 
 @dataclass
@@ -88,14 +93,14 @@ class StepTracker:
     def _calls_at(self, position: float) -> int:
         return sum(branch.position == position for branch in self._branches.values())
 
-    def _read(self, timestep: Tensor, familiar: bool) -> tuple[Tensor | None, float, bool]:
+    def _read(self, timestep: Tensor, familiar: bool) -> tuple[Tensor | None, float, bool | None]:
         """The timesteps of this trajectory if a scheduler is known, the falling position, whether it is the last."""
         if not familiar or (self._trusted is not None and self._trusted.timesteps is not self._timesteps):
             # Another run, or another pipeline that shares the transformer: see whose timestep this is.
             self._trusted = next((s for s in self._known() if _agrees(s, timestep)), None)
         scheduler = self._trusted
         if scheduler is None:
-            return None, _number(timestep), False
+            return None, _number(timestep), None
         index = _index(scheduler)
         if index is None:
             position = _number(timestep)

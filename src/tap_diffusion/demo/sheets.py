@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from tap_diffusion.predictors import Candidate
-from tap_diffusion.report import Choice
+from tap_diffusion.reporting import Choice
 
 _GAP = 4
 _LINE = 17

@@ -15,7 +15,7 @@ from tap_diffusion.config import TAPConfig
 from tap_diffusion.errors import TAPWarning, UnsupportedModelError
 from tap_diffusion.integrations.hook import TAPHook
 from tap_diffusion.integrations.models import SPECS, TransformerSpec
-from tap_diffusion.report import Report
+from tap_diffusion.reporting import Report
 
 _NAME = "tap_diffusion"
 

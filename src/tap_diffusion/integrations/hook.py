@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.engine import Engine, Fallback
 from tap_diffusion.integrations.models import TransformerSpec
-from tap_diffusion.report import stopwatch
+from tap_diffusion.reporting import stopwatch
 from tap_diffusion.tracking import Call, StepTracker
 
 

@@ -1,0 +1,33 @@
+# One environment, .venv, for everything. PIP_ARGS reaches pip; for a CPU build of torch on Linux:
+#   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help demo test quick lint clean
+
+help: ## show this
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt $(PIP_ARGS) -e ".[dev]"
+	touch $@
+
+demo: $(INSTALLED) ## generate 8 prompts with and without TAP, into out/demo
+	$(BIN)/tap generate --prompts src/tap_diffusion/demo/prompts.txt --interval 8 --paper --compare --repeats 3 --out out/demo
+
+test: $(INSTALLED) ## the whole test suite
+	$(BIN)/pytest
+
+quick: $(INSTALLED) ## the tests that take under two minutes together
+	$(BIN)/pytest -m "not slow"
+
+lint: $(INSTALLED) ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean: ## remove the environment and all output
+	rm -rf .venv out dist

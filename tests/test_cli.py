@@ -1,0 +1,178 @@
+"""The command as a person calls it: good runs, and one clear line with exit status 2 for bad values."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from tap_diffusion import TAPConfig
+from tap_diffusion.cli import app
+from tiny import build_pipeline
+
+
+def run(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, ["generate", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny pipeline."""
+    folder = tmp_path_factory.mktemp("model")
+    build_pipeline().save_pretrained(folder)
+    return folder
+
+
+def test_generates_and_reports(model: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("green frog face\n\n  blue book \n")
+    out = tmp_path / "new" / "out"
+    result = run(
+        "red apple", "--prompts", prompts, "--model", model, "--steps", 20, "--interval", 8, "--compare", "--out", out,
+        "--batch-size", 2,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "5 full, 15 predicted" in result.output
+    report = json.loads((out / "report.json").read_text())
+    assert report["prompts"] == ["red apple", "green frog face", "blue book"]
+    assert (report["steps"], report["full_steps"], report["predicted_steps"]) == (20, 5, 15)
+    assert report["evaluations_speedup"] == 4.0
+    assert report["model"] == str(model)
+    for name in ("full_step_ms", "predicted_step_ms", "time_speedup", "psnr_db", "cache_bytes"):
+        assert report[name] > 0
+    assert TAPConfig.from_dict(report["config"]) == TAPConfig(interval=8)
+    names = sorted(path.name for path in out.iterdir())
+    assert names == sorted(
+        ["report.json", "compare.png", "choices.png"]
+        + [
+            f"{n}-{kind}.png"
+            for n in ("000-red-apple", "001-green-frog-face", "002-blue-book")
+            for kind in ("full", "tap")
+        ]
+    )
+    assert Image.open(out / "000-red-apple-tap.png").size == (32, 32)
+
+
+def test_pictures_depend_on_the_seed_and_not_on_the_batch(model: Path, tmp_path: Path) -> None:
+    def pixels(out: str, *arguments: Any) -> list[bytes]:
+        result = run("red apple", "blue book", "--model", model, "--steps", 8, "--out", tmp_path / out, *arguments)
+        assert result.exit_code == 0, result.output
+        return [(tmp_path / out / name).read_bytes() for name in ("000-red-apple-tap.png", "001-blue-book-tap.png")]
+
+    one = pixels("a", "--seed", 5)
+    assert pixels("b", "--seed", 5, "--batch-size", 1) == one
+    assert pixels("c", "--seed", 6) != one
+
+
+def test_options_make_the_configuration(model: Path, tmp_path: Path) -> None:
+    TAPConfig(interval=7, orders=(0, 1), loss="l2").save(tmp_path / "tap.json")
+    cases: list[tuple[list[Any], TAPConfig]] = [
+        (["--paper", "--interval", 5], TAPConfig.paper(5)),
+        (["--config", tmp_path / "tap.json", "--warmup", 2], TAPConfig(interval=7, warmup=2, orders=(0, 1), loss="l2")),
+        ([], TAPConfig()),
+    ]
+    for arguments, expected in cases:
+        result = run("red apple", "--model", model, "--steps", 5, "--out", tmp_path / "out", *arguments)
+        assert result.exit_code == 0, result.output
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert TAPConfig.from_dict(report["config"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "nonsense"], "unknown model 'nonsense': give emoji, a folder"),
+        (["--model", "somebody/something"], "the hub could not be reached to load 'somebody/something'"),
+        (["--model", "EMPTY"], "holds no pipeline: it has no model_index.json"),
+        (["--model", "BROKEN"], "could not load"),
+        (["--interval", 0], "TAPConfig.interval is 0; it must be an integer of at least 1"),
+        (["--warmup", 0], "TAPConfig.warmup is 0"),
+        (["--warmup", 9, "--steps", 8], "warmup is 9, more than the 8 steps"),
+        (["--prompts", "EMPTY.txt"], "is empty"),
+        (["--prompts", "MISSING.txt"], "can't read the prompt file"),
+        (["--config", "MISSING.json"], "can't read the configuration"),
+        (["--config", "EMPTY.txt"], "not JSON"),
+        (["--out", "EMPTY.txt/out"], "can't write to the folder"),
+        (["--height", 33], "height 33 can't be done by this model: it must be a multiple of 4"),
+        (["--width", 2], "width 2 can't be done by this model"),
+        (["--device", "cuda:77"], "device 'cuda:77' is not available"),
+        (["--device", "toaster"], "device 'toaster' is not available"),
+    ],
+)
+def test_a_bad_value_gives_one_line_and_status_2(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[Any], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "60")
+    Path("EMPTY").mkdir()
+    Path("BROKEN").mkdir()
+    Path("BROKEN/model_index.json").write_text("{")
+    Path("EMPTY.txt").write_text("\n \n")
+    prompts = [] if "--prompts" in arguments else ["red apple"]
+    defaults = [] if "--model" in arguments else ["--model", model]
+    result = run(*prompts, *defaults, *([] if "--steps" in arguments else ["--steps", 8]), *arguments)
+    assert result.exit_code == 2
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    lines = [line for line in result.stderr.splitlines() if line.strip() and "it/s" not in line]  # loading shows bars
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("Error: ")
+    assert words in lines[0]
+
+
+def test_no_prompt_at_all() -> None:
+    result = run()
+    assert result.exit_code == 2
+    assert "no prompt" in result.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    result = run("red apple", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "can't write to the folder" in result.stderr
+
+
+def test_another_pipeline_is_refused_by_name(tmp_path: Path) -> None:
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    unet = UNet2DModel(8, 3, 3, norm_num_groups=4, layers_per_block=1, **blocks)
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    result = run("red apple", "--model", tmp_path / "ddpm", "--steps", 8, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "this is a DDPMPipeline" in result.stderr
+
+
+def test_help_names_every_option() -> None:
+    result = CliRunner().invoke(app, ["generate", "--help"], env={"COLUMNS": "120"})
+    assert result.exit_code == 0
+    text = re.sub(r"\s+", " ", result.output)
+    for option in ("--interval", "--steps", "--seed", "--compare", "--model", "--prompts", "--out", "--dtype"):
+        assert option in text
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, tap_diffusion.cli; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_run_without_predicted_steps_warns(model: Path, tmp_path: Path) -> None:
+    from tap_diffusion import TAPWarning
+
+    with pytest.warns(TAPWarning, match="predicted no step"):
+        result = run("red apple", "--model", model, "--steps", 3, "--out", tmp_path)
+    assert result.exit_code == 0
+    assert json.loads((tmp_path / "report.json").read_text())["predicted_step_ms"] is None
+    assert not (tmp_path / "choices.png").exists()
+    assert torch.is_grad_enabled()
