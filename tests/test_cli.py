@@ -96,7 +96,7 @@ def test_options_make_the_configuration(model: Path, tmp_path: Path) -> None:
         (["--warmup", 0], "TAPConfig.warmup is 0"),
         (["--warmup", 9, "--steps", 8], "warmup is 9, more than the 8 steps"),
         (["--prompts", "EMPTY.txt"], "is empty"),
-        (["--prompts", "MISSING.txt"], "can't read the prompt file"),
+        (["--prompts", "MISSING.txt"], "can't read the prompt file MISSING.txt: [Errno 2]"),
         (["--config", "MISSING.json"], "can't read the configuration"),
         (["--config", "EMPTY.txt"], "not JSON"),
         (["--out", "EMPTY.txt/out"], "can't write to the folder"),

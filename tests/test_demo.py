@@ -103,6 +103,19 @@ def test_training_runs_stops_resumes_and_exports(packages: Path, tmp_path: Path)
     assert steps("transformer") == 2
     assert list(tmp_path.glob("transformer-*.png"))
     call("export", "--data", packages, "--to", tmp_path / "pipeline")
+
+    # Going on from the exported pipeline alone starts from its weights: before any training, they are the same.
+    again = tmp_path / "again"
+    more = ["--from", tmp_path / "pipeline", "--data", packages]
+    arguments = [*map(str, more), "--work", str(again)]
+    result = CliRunner().invoke(train.app, ["transformer", *arguments, "--steps", "1", "--batch", "4", "--lr", "0"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    result = CliRunner().invoke(train.app, ["export", *arguments, "--to", str(again / "pipeline")])
+    assert result.exit_code == 0, (result.output, result.exception)
+    for part in ("transformer", "text_encoder", "vae"):
+        name = "model.safetensors" if part == "text_encoder" else "diffusion_pytorch_model.safetensors"
+        assert (again / "pipeline" / part / name).read_bytes() == (tmp_path / "pipeline" / part / name).read_bytes()
+
     pipe = FluxPipeline.from_pretrained(tmp_path / "pipeline", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     assert sample(pipe, steps=2, height=64, width=64, max_sequence_length=train.MAX_TOKENS).isfinite().all()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tap_diffusion.config import TAPConfig
@@ -94,6 +95,8 @@ def generate(
             # That takes seconds, for which neither --help nor a wrong option should wait.
             os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
             os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+            import torch
+
             from tap_diffusion.generate import Request, load_pipeline
             from tap_diffusion.generate import generate as run_generate
         pipe = load_pipeline(model, *_placement(dtype, device))
@@ -101,9 +104,14 @@ def generate(
             wanted = [prompt.lower() for prompt in wanted]
         request = Request(wanted, steps, seed, guidance, height, width, batch_size)
         written: list[str] = []
-        result = run_generate(pipe, model, request, config, out, compare, repeats, written.append)
+        try:
+            result = run_generate(pipe, model, request, config, out, compare, repeats, written.append)
+        except torch.OutOfMemoryError as error:
+            raise UsageError(
+                f"out of memory at batch size {batch_size}; try a smaller one, or smaller pictures"
+            ) from error
     except (ConfigError, UnsupportedModelError, UsageError) as error:
-        Console(stderr=True).print(f"[bold red]Error:[/] {error}", soft_wrap=True, highlight=False)
+        Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(2) from None
     console.print(_table(result))
     console.print(f"{len(wanted)} pictures, {', '.join(written)} in {out}", highlight=False)

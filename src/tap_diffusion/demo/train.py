@@ -5,12 +5,12 @@
     python -m tap_diffusion.demo.train export --work out/train --to src/tap_diffusion/demo/emoji
 
 Each stage keeps a checkpoint in the work folder and goes on from it when called again (Ctrl-C is safe), writes
-sample sheets as it goes, and runs on CPU or GPU without changes.
+sample sheets as it goes, and runs on CPU or GPU without changes. ``--from`` goes on from an exported pipeline, such as
+the shipped one, where no checkpoint is left.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import time
@@ -44,6 +44,9 @@ Data = Annotated[Path | None, typer.Option("--data", help="Folder of the npm pac
 Steps = Annotated[int, typer.Option(min=1, help="Training steps in all; the learning rate decays to their end.")]
 Batch = Annotated[int, typer.Option(min=1)]
 LearningRate = Annotated[float, typer.Option(min=0)]
+Start = Annotated[
+    Path | None, typer.Option("--from", help="Go on from the weights of this exported pipeline, autoencoder included.")
+]
 Minutes = Annotated[float, typer.Option(help="Stop after this time; call again to go on.")]
 
 
@@ -277,16 +280,26 @@ def encode(vae: Any, pictures: Tensor) -> Tensor:
     return torch.cat([vae.encode(part.float() / 127.5 - 1).latent_dist.mean for part in pictures.split(64)])
 
 
-def prepare(work: Path, folder: Path) -> tuple[FluxPipeline, Tensor, list[str]]:
-    """Untrained pipeline around the trained autoencoder, the packed latents of its pictures, and their captions."""
-    vae: Any = ema_weights(work, "autoencoder", build_autoencoder())
+def prepare(work: Path, folder: Path, start: Path | None = None) -> tuple[FluxPipeline, Tensor, list[str]]:
+    """A pipeline to train, the packed latents (count, N, D) of its pictures, and their captions.
+
+    Args:
+        work: where stage 1 left the autoencoder.
+        folder: of the npm packages.
+        start: folder of an exported pipeline to go on from, autoencoder included; None starts from random weights.
+    """
     pictures, captions, _ = data.load(folder)
-    latents = encode(vae, pictures)
-    vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
-    latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-    torch.manual_seed(1)
-    pipe = build_pipeline(vae, captions)
+    if start is not None:
+        pipe = FluxPipeline.from_pretrained(start, dtype=torch.float32)
+        latents = encode(pipe.vae, pictures)
+    else:
+        vae: Any = ema_weights(work, "autoencoder", build_autoencoder())
+        latents = encode(vae, pictures)
+        vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
+        torch.manual_seed(1)
+        pipe = build_pipeline(vae, captions)
     pipe.set_progress_bar_config(disable=True)
+    latents = (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
     return pipe, FluxPipeline._pack_latents(latents, *latents.shape), captions
 
 
@@ -300,11 +313,12 @@ def trained_part(pipe: FluxPipeline) -> nn.ModuleDict:
 @app.command()
 def transformer(
     work: Work, data_folder: Data = None, steps: Steps = 6000, batch: Batch = 32, lr: LearningRate = 1e-3,
-    minutes: Minutes = 1e9,
+    minutes: Minutes = 1e9, start: Start = None,
 ) -> None:  # fmt: skip
     """Stage 2: the transformer together with both text encoders, on the latents of the captioned emoji."""
     dev = device()
-    pipe, latents, captions = prepare(work, data_folder or work / "data")
+    work.mkdir(parents=True, exist_ok=True)
+    pipe, latents, captions = prepare(work, data_folder or work / "data", start)
     pipe.to(dev)
     model = trained_part(pipe).requires_grad_(True).train()
     side = int(latents.shape[1] ** 0.5)
@@ -353,12 +367,15 @@ def transformer(
 
 @app.command()
 def export(
-    work: Work, to: Annotated[Path, typer.Option(help="Folder to write the pipeline to.")], data_folder: Data = None
+    work: Work,
+    to: Annotated[Path, typer.Option(help="Folder to write the pipeline to.")],
+    data_folder: Data = None,
+    start: Start = None,
 ) -> None:
     """Stage 3: write the pipeline with the averaged weights, in bf16, as ``FluxPipeline.from_pretrained`` reads it."""
-    pipe, _, _ = prepare(work, data_folder or work / "data")
+    pipe, _, _ = prepare(work, data_folder or work / "data", start)
     ema_weights(work, "transformer", trained_part(pipe))
-    copy.copy(pipe).to(torch.bfloat16).save_pretrained(to)
+    pipe.to(torch.bfloat16).save_pretrained(to)
     size = sum(file.stat().st_size for file in to.rglob("*") if file.is_file())
     typer.echo(f"{to}: {size / 1e6:.1f} MB")
 

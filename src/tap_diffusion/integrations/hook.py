@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from diffusers.hooks.hooks import BaseState, ModelHook, StateManager
@@ -36,8 +37,7 @@ class TAPHook(ModelHook):
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Stand in for the transformer's forward."""
-        arguments = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
-        del arguments["self"]
+        arguments = _named(module, args, kwargs)
         context = self._context._context
         try:
             call = self.tracker.locate(
@@ -151,7 +151,11 @@ class _StandIn(nn.Module):
         self.forward = function
 
 
-def _named(block: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
-    """A block's arguments by name, however the model passes them."""
-    parameters = list(inspect.signature(type(block).forward).parameters)[1:]
-    return dict(zip(parameters, args, strict=False)) | kwargs
+def _named(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
+    """A module's arguments by name, however its caller passes them."""
+    return dict(zip(_parameters(type(module)), args, strict=False)) | kwargs
+
+
+@cache
+def _parameters(module_class: type[nn.Module]) -> list[str]:
+    return list(inspect.signature(module_class.forward).parameters)[1:]
