@@ -12,7 +12,7 @@ from diffusers.hooks import HookRegistry
 from torch import nn
 
 from tap_diffusion.config import TAPConfig
-from tap_diffusion.errors import TAPWarning, UnsupportedModelError
+from tap_diffusion.errors import UnsupportedModelError
 from tap_diffusion.integrations.hook import TAPHook
 from tap_diffusion.integrations.models import SPECS, TransformerSpec
 from tap_diffusion.reporting import Report
@@ -45,7 +45,7 @@ def apply_tap(module: nn.Module, config: TAPConfig | None = None) -> None:
     if previous is not None:
         hook.tracker.schedulers = previous.tracker.schedulers
         _remove(module)
-    module.__dict__.setdefault("_diffusers_hook", HookRegistry(module)).register_hook(hook, _NAME)
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _NAME)
 
 
 def enable(target: DiffusionPipeline | nn.Module, config: TAPConfig | None = None) -> None:
@@ -135,6 +135,3 @@ def _remove(module: nn.Module) -> None:
         if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
             del module.__dict__["forward"]
         del module._diffusers_hook
-
-
-__all__ = ["TAPWarning", "apply_tap", "disable", "enable", "enabled", "report"]

@@ -38,11 +38,10 @@ class TAPHook(ModelHook):
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Stand in for the transformer's forward."""
         arguments = _named(module, args, kwargs)
-        context = self._context._context
         try:
             call = self.tracker.locate(
                 arguments["timestep"],
-                context.name if context is not None else None,
+                self._branch(),
                 arguments.get(self.spec.conditioning),
             )
             stop = stopwatch(arguments[self.spec.stream].device)
@@ -60,6 +59,12 @@ class TAPHook(ModelHook):
             self.reset_state(module)
             raise
         return output
+
+    def _branch(self) -> str | None:
+        try:
+            return self._context.context.name
+        except ValueError:  # the pipeline set none
+            return None
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Forget the current trajectory."""
