@@ -102,6 +102,7 @@ def test_options_make_the_configuration(model: Path, tmp_path: Path) -> None:
         (["--out", "EMPTY.txt/out"], "can't write to the folder"),
         (["--height", 33], "height 33 can't be done by this model: it must be a multiple of 4"),
         (["--width", 2], "width 2 can't be done by this model"),
+        (["--guidance", 2, "--height", 3], "height 3 can't be done"),
         (["--device", "cuda:77"], "device 'cuda:77' is not available"),
         (["--device", "toaster"], "device 'toaster' is not available"),
     ],

@@ -19,7 +19,7 @@ PROMPTS = [
     *(EMOJI.parent / "prompts.txt").read_text().splitlines(),
     "watermelon", "elephant", "hamburger", "crown", "octopus", "pizza", "violin", "green apple",
 ]  # fmt: skip
-REQUEST = Request(PROMPTS, steps=50, seed=100, batch_size=8)
+REQUEST = Request(PROMPTS, steps=50, seed=100, guidance=2.0, batch_size=8)
 
 
 @pytest.fixture(scope="module")
@@ -49,5 +49,5 @@ def test_full_steps_are_bit_identical_to_the_plain_pipeline(emoji: Any, full: Te
 
 def test_the_pipeline_is_left_as_it_was(emoji: Any, full: Tensor) -> None:
     with tap.enabled(emoji, TAPConfig.paper(8)):
-        run(emoji, Request(PROMPTS[:1], steps=10), "TAP")
+        run(emoji, Request(PROMPTS[:1], steps=10, guidance=2.0), "TAP")
     assert torch.equal(run(emoji, REQUEST, "plain again")[0], full)

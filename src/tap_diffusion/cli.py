@@ -100,8 +100,9 @@ def generate(
             from tap_diffusion.generate import Request, load_pipeline
             from tap_diffusion.generate import generate as run_generate
         pipe = load_pipeline(model, *_placement(dtype, device))
-        if model == "emoji":  # its vocabulary has no capitals
-            wanted = [prompt.lower() for prompt in wanted]
+        if model == "emoji":
+            wanted = [prompt.lower() for prompt in wanted]  # its vocabulary has no capitals
+            guidance = 2.0 if guidance is None else guidance
         request = Request(wanted, steps, seed, guidance, height, width, batch_size)
         written: list[str] = []
         try:

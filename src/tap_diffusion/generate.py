@@ -82,7 +82,7 @@ class Request:
 
     Attributes:
         guidance: ``guidance_scale`` where the transformer embeds it, else ``true_cfg_scale`` with an empty
-            negative prompt (1: no guidance); None takes the pipeline's default, and 2 for models without embedding.
+            negative prompt; None takes the pipeline's default.
         height, width: None takes the model's own size.
     """
 
@@ -118,9 +118,11 @@ class Request:
             "max_sequence_length": min(512, pipe.tokenizer_2.model_max_length),
             "output_type": "pt",
         }
+        if self.guidance is None:
+            return arguments
         if pipe.transformer.config.guidance_embeds:
-            return arguments | ({} if self.guidance is None else {"guidance_scale": self.guidance})
-        return arguments | {"negative_prompt": "", "true_cfg_scale": 2.0 if self.guidance is None else self.guidance}
+            return arguments | {"guidance_scale": self.guidance}
+        return arguments | {"negative_prompt": "", "true_cfg_scale": self.guidance}
 
 
 def run(pipe: Any, request: Request, label: str) -> tuple[Tensor, float]:
@@ -231,7 +233,7 @@ def _summary(pipe: Any, model: str, request: Request, config: TAPConfig, account
     return {"model": model} | account.to_dict() | {
         "prompts": list(request.prompts),
         "seed": request.seed,
-        "guidance": request.arguments(pipe).get("true_cfg_scale", request.guidance),
+        "guidance": request.guidance,
         "height": height,
         "width": width,
         "batch_size": request.batch_size,
