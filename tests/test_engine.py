@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tap_diffusion import TAPConfig, TAPWarning
-from tap_diffusion.engine import Engine, Fallback
+from tap_diffusion.engine import Engine, Fallback, _LateFlag
 from tap_diffusion.predictors import candidates
 from tap_diffusion.tracking import Call
 
@@ -122,9 +122,23 @@ def test_late_checks_reuse_at_once_and_run_the_next_step_in_full(monkeypatch: py
     bad[1, 2, 0] = math.nan
     driver = Driver().run(probe={4: bad})
     assert driver.full == [0, 1, 2, 5, 6, 10]
-    assert driver.engine.report.fallbacks == {"non-finite values in the predicted step before": 1}
+    assert driver.engine.report.fallbacks == {"non-finite values in a predicted step before": 1}
     assert driver.outputs[4].isfinite().all()
     torch.testing.assert_close(driver.outputs[4][1, 2], -features(2)[1, 2])
+
+
+def test_a_late_flag_is_not_lost_before_it_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Engine, "checks_late", staticmethod(lambda _: True))
+    asked = [0]
+
+    def arrives_after_one_more_step(flag: _LateFlag) -> bool:
+        asked[0] += 1
+        return asked[0] > 1 and bool(flag.flag)
+
+    monkeypatch.setattr(_LateFlag, "is_raised", arrives_after_one_more_step)
+    bad = features(3).clone()
+    bad[1, 2, 0] = math.nan
+    assert Driver().run(probe={3: bad}).full == [0, 1, 2, 5, 6, 10]
 
 
 def test_a_change_of_shape_runs_in_full() -> None:

@@ -383,7 +383,7 @@ class TestPromise7:
             operations.append(counter.count)
         assert operations[0] == operations[1] > 0
 
-    @pytest.mark.parametrize("name", ["paper", "reuse"])
+    @pytest.mark.parametrize("name", CONFIGS)
     def test_predicted_steps_wait_for_nothing(self, pipe: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Reading a tensor's value on the host would wait for a GPU. As on one, finiteness is checked late."""
         monkeypatch.setattr("tap_diffusion.engine.Engine.checks_late", staticmethod(lambda _: True))

@@ -55,13 +55,13 @@ class Engine:
         if call.starts_trajectory:
             self.finish()
             self.report = Report(trajectories=self.report.trajectories + 1)
+        if call.branch in self._doubts and self._doubts[call.branch].is_raised():
+            self.fall_back(call, "non-finite values in a predicted step before")
+            return True
         if is_full_step(call.step, self.config.interval, self.config.warmup):
             return True
         if call.branch not in self._histories:
             self.fall_back(call, "no finite anchor")
-            return True
-        if call.branch in self._doubts and self._doubts[call.branch].is_raised():
-            self.fall_back(call, "non-finite values in the predicted step before")
             return True
         return False
 
@@ -153,7 +153,6 @@ class Engine:
             predicted = combine(history.residual, coefficients[0].tolist())
             return self._checked(call, hidden_states, predicted, None)
         h = probe()
-        coefficients = coefficients.to(h.device, torch.promote_types(h.dtype, torch.float32))
         if config.loss == "l1":
             losses = proxy_losses(h, history.probe, coefficients, config.loss)
         else:
@@ -170,7 +169,10 @@ class Engine:
             if not _all_finite(result, h):
                 raise Fallback("non-finite values")
             return result
-        self._doubts[call.branch] = _LateFlag(~_finite(result, h))
+        doubt = ~_finite(result, h)
+        if call.branch in self._doubts:  # not arrived yet
+            doubt |= self._doubts[call.branch].flag
+        self._doubts[call.branch] = _LateFlag(doubt)
         reused = hidden_states + self._histories[call.branch].residual[0]
         return torch.where(result.isfinite(), result, reused)
 
@@ -184,6 +186,7 @@ class _LateFlag:
     """A flag on a GPU that is read without waiting: until it has arrived, it counts as not raised."""
 
     def __init__(self, flag: Tensor) -> None:
+        self.flag = flag
         self._arrived: Any = None
         if flag.is_cuda:
             self._value = torch.empty((), dtype=torch.bool, pin_memory=True)

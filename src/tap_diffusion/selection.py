@@ -20,7 +20,7 @@ def proxy_losses(probe: Tensor, differences: Sequence[Tensor], coefficients: Ten
     Args:
         probe: h, the probe features now, (B, N, D).
         differences: H tensors (B, N, D) of the probe's history.
-        coefficients: (K, H).
+        coefficients: (K, H), on the CPU: its values are read, for which a device would have to be waited for.
         loss: ``cosine`` is 1 - cos(ĥ, h), and 1 where either vanishes; ``l2`` is ‖ĥ - h‖²; ``relative_l2`` is
             ‖ĥ - h‖² / ‖h‖²; ``l1`` is Σ|ĥ - h|.
 
