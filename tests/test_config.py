@@ -98,8 +98,8 @@ def test_is_immutable() -> None:
 @pytest.mark.parametrize(
     ("changes", "chooses"),
     [
-        ({"orders": (0, 1)}, True),
-        ({"orders": (2,)}, False),
+        ({"orders": (0, 1), "horizon_span": 0}, True),
+        ({"orders": (2,), "horizon_span": 0}, False),
         ({"orders": (2,), "horizon_span": 1}, True),
         ({"orders": (2,), "horizon_span": 0.5}, False),
         ({"orders": (0,), "horizon_span": 4}, False),

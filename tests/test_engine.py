@@ -74,7 +74,7 @@ def test_runs_the_schedule() -> None:
 
 def test_prediction_is_that_of_the_best_candidate() -> None:
     """Residuals are minus the probe features, so the right choice can be worked out from them alone."""
-    driver = Driver(TAPConfig(interval=4, loss="l2")).run(4)
+    driver = Driver(TAPConfig(interval=4, loss="l2", horizon_span=0)).run(4)
     _, weights = candidates("taylor", (0, 1, 2), 0, 1, [2, 1, 0], 3)
     predictions = torch.einsum(
         "kh,hbnd->kbnd", torch.from_numpy(weights).float(), torch.stack([features(i) for i in (2, 1, 0)])
@@ -109,7 +109,7 @@ def test_an_overflowing_prediction_makes_the_step_full() -> None:
     """float16: the anchors are finite, the extrapolation is not."""
     big = {i: torch.full(SHAPE, 2.0**14 * (i + 1), dtype=torch.float16) for i in range(3)}
     half = {i: torch.zeros(SHAPE, dtype=torch.float16) for i in range(12)}
-    driver = Driver(TAPConfig(interval=4, orders=(2,)))
+    driver = Driver(TAPConfig(interval=4, orders=(2,), horizon_span=0))
     driver.run(stream=half, residual=big | {i: half[0] for i in range(3, 12)}, probe=half)
     assert driver.full[:4] == [0, 1, 2, 3]
     assert driver.engine.report.fallbacks == {"non-finite values": 1}
@@ -181,7 +181,7 @@ def test_interval_one_keeps_nothing() -> None:
 
 
 def test_one_candidate_needs_no_probe() -> None:
-    engine = Engine(TAPConfig(interval=4, orders=(1,)))
+    engine = Engine(TAPConfig(interval=4, orders=(1,), horizon_span=0))
 
     def never() -> Tensor:
         raise AssertionError("the probe ran")

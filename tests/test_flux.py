@@ -32,7 +32,7 @@ from tiny import TOKENS, build_pipeline, build_transformer, count_calls, sample
 
 CONFIGS = {
     "paper": TAPConfig.paper(4),
-    "default": TAPConfig(interval=4),
+    "full horizon": TAPConfig(interval=4, horizon_span=0),
     "reuse": TAPConfig(interval=4, orders=(0,)),
     "first block": TAPConfig(interval=4, probe="first_block"),
     "newton, l1, batch": TAPConfig(interval=4, family="newton", loss="l1", granularity="batch"),

@@ -46,7 +46,7 @@ class TAPConfig:
     warmup: int = 3
     family: str = "taylor"
     orders: tuple[int, ...] = (0, 1, 2)
-    horizon_span: float = 0.0
+    horizon_span: float = 4.0
     horizon_step: float = 1.0
     loss: Loss = "cosine"
     granularity: Granularity = "token"
@@ -84,7 +84,10 @@ class TAPConfig:
     @classmethod
     def paper(cls, interval: int) -> TAPConfig:
         """Exactly the paper: 3 warm-up steps, Taylor orders 0 to 2, λ = 4, δ = 1, cosine, per token."""
-        return cls(interval=interval, horizon_span=4.0)
+        return cls(
+            interval=interval, warmup=3, family="taylor", orders=(0, 1, 2), horizon_span=4.0, horizon_step=1.0,
+            loss="cosine", granularity="token", probe="modulated_input",
+        )  # fmt: skip
 
     @property
     def anchors(self) -> int:

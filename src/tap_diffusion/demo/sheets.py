@@ -95,11 +95,15 @@ def _colour(candidate: Candidate) -> tuple[float, float, float]:
 
 
 def _legend(members: Sequence[Candidate]) -> Image.Image:
-    page = Image.new("RGB", (190 * min(len(members), 3), (_LINE + _GAP) * -(-len(members) // 3) + 2 * _GAP), "white")
+    """One row for each order."""
+    orders = [[member for member in members if member.order == order] for order in sorted({m.order for m in members})]
+    cell, line = 180, _LINE + _GAP
+    page = Image.new("RGB", (cell * max(map(len, orders)), line * len(orders) + 3 * _GAP), "white")
     draw = ImageDraw.Draw(page)
-    for i, member in enumerate(members):
-        x, y = _GAP + 190 * (i % 3), 2 * _GAP + (_LINE + _GAP) * (i // 3)
-        red, green, blue = (round(255 * part) for part in _colour(member))
-        draw.rectangle((x, y, x + _LINE, y + _LINE - _GAP), fill=(red, green, blue))
-        draw.text((x + _LINE + 2 * _GAP, y - 2), str(member), fill="black", font=_FONT)
+    for r, row in enumerate(orders):
+        for c, member in enumerate(row):
+            x, y = _GAP + cell * c, 2 * _GAP + line * r
+            red, green, blue = (round(255 * part) for part in _colour(member))
+            draw.rectangle((x, y, x + _LINE, y + _LINE - _GAP), fill=(red, green, blue))
+            draw.text((x + _LINE + 2 * _GAP, y - 2), str(member), fill="black", font=_FONT)
     return page

@@ -35,7 +35,7 @@ class Candidate(NamedTuple):
     def __str__(self) -> str:
         if self.order == 0:
             return "order 0"
-        return f"order {self.order}, κ = k" + (f" - {self.lag:g}" if self.lag else "")
+        return f"order {self.order}, horizon k" + (f" - {self.lag:g}" if self.lag else "")
 
 
 def candidates(
