@@ -158,9 +158,9 @@ class _StandIn(nn.Module):
 
 def _named(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     """A module's arguments by name, however its caller passes them."""
-    return dict(zip(_parameters(type(module)), args, strict=False)) | kwargs
+    return dict(zip(_parameters(type(module).forward), args, strict=False)) | kwargs
 
 
 @cache
-def _parameters(module_class: type[nn.Module]) -> list[str]:
-    return list(inspect.signature(module_class.forward).parameters)[1:]
+def _parameters(method: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(method).parameters)[1:]
