@@ -12,8 +12,8 @@ class History:
     """Differences Δ⁰ … Δ^{H-1} of the probe features h and the residuals r, and the times of the anchors.
 
     The differences of a new anchor follow from those of the last one alone, so ``capacity`` tensors of each kind
-    hold everything that weights over ``capacity`` anchors can ask for. They are kept in the model's dtype, which
-    keeps differences more precisely than keeping the features and subtracting later.
+    hold everything that weights over ``capacity`` anchors can ask for. They are formed in float32 or better and kept
+    in the model's dtype.
 
     Args:
         capacity: anchors to remember, the largest order plus one.
