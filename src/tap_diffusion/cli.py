@@ -68,9 +68,14 @@ def generate(
     width: Annotated[int | None, _option("Sampling", help="In pixels.", default="the model's own", min=1)] = None,
     batch_size: Annotated[int, _option("Sampling", help="Pictures generated at a time.", min=1)] = 8,
     interval: Annotated[
-        int | None, _option("Method", "--interval", "-n", help="One step in this many is full; 1: all.", default="6")
+        int | None,
+        _option(
+            "Method", "--interval", "-n", help="One step in this many is full; 1: all.", default=str(TAPConfig.interval)
+        ),
     ] = None,
-    warmup: Annotated[int | None, _option("Method", help="Full steps at the start.", default="3")] = None,
+    warmup: Annotated[
+        int | None, _option("Method", help="Full steps at the start.", default=str(TAPConfig.warmup))
+    ] = None,
     paper: Annotated[bool, _option("Method", "--paper", help="Exactly the paper's settings.")] = False,
     config_file: Annotated[
         Path | None, _option("Method", "--config", help="TAPConfig as JSON; the options above override it.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 from tap_diffusion.cache import History
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.errors import TAPWarning
-from tap_diffusion.predictors import candidates, difference_matrix
+from tap_diffusion.predictors import Candidate, candidates, difference_matrix
 from tap_diffusion.reporting import Choice, Report
 from tap_diffusion.schedule import is_full_step
 from tap_diffusion.selection import choose, combine, combine_chosen, proxy_losses, proxy_losses_onepass
@@ -144,11 +145,7 @@ class Engine:
         if not history.fits(hidden_states):
             raise Fallback("the shape, dtype or device of the hidden states changed")
         config = self.config
-        members, weights = candidates(
-            config.family, config.orders, config.horizon_span, config.horizon_step, history.times, call.step
-        )
-        # Weights over anchors, as coefficients of the differences that the history keeps.
-        coefficients = torch.from_numpy(np.linalg.solve(difference_matrix(history.times).T, weights.T).T)
+        members, coefficients = _coefficients(config, tuple(history.times), call.step)
         if len(members) == 1:
             predicted = combine(history.residual, coefficients[0].tolist())
             return self._checked(call, hidden_states, predicted, None)
@@ -180,6 +177,16 @@ class Engine:
     def checks_late(tensor: Tensor) -> bool:
         """Whether reading a value on the host would wait for a device."""
         return tensor.is_cuda
+
+
+@lru_cache(maxsize=1024)
+def _coefficients(config: TAPConfig, times: tuple[float, ...], t: float) -> tuple[list[Candidate], Tensor]:
+    """The candidates, and their weights over anchors as coefficients (K, H) of the differences that a history keeps.
+
+    Times alone decide them, so all branches and later trajectories share them: callers must not write to them.
+    """
+    members, weights = candidates(config.family, config.orders, config.horizon_span, config.horizon_step, times, t)
+    return members, torch.from_numpy(np.linalg.solve(difference_matrix(times).T, weights.T).T)
 
 
 class _LateFlag:

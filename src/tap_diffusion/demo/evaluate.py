@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import torch
@@ -20,8 +21,8 @@ from torch import Tensor
 
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.demo import EMOJI, data
-from tap_diffusion.demo.train import encode, psnr, split_pictures
-from tap_diffusion.generate import Request, run
+from tap_diffusion.demo.train import encode, split_pictures
+from tap_diffusion.generate import Request, psnr, run
 from tap_diffusion.integrations.api import enabled, report
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -57,7 +58,11 @@ def main(
     _, held_out = split_pictures(folder)
     with torch.no_grad():
         decoded = pipe.vae.decode(pipe.vae.encode(held_out).latent_dist.mean).sample.clamp(-1, 1)
-    result: dict[str, Any] = {"autoencoder_psnr_db": psnr(decoded, held_out), "captions": count, "guidance": guidance}
+    result: dict[str, Any] = {
+        "autoencoder_psnr_db": fmean(psnr(decoded, held_out)),
+        "captions": count,
+        "guidance": guidance,
+    }
 
     pictures, names, _ = data.load(folder)
     training = encode(pipe.vae, pictures)
@@ -79,7 +84,7 @@ def main(
                 "method": name,
                 "interval": interval,
                 "full_steps": account.full_steps,
-                "psnr_db": psnr(accelerated, full),
+                "psnr_db": fmean(psnr(accelerated, full)),
                 "retrieval": retrieved(accelerated, captions, pipe, training, names),
             }
             result["cells"].append(cell)

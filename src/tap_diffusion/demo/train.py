@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import torch
@@ -33,6 +34,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 
 from tap_diffusion.demo import data
 from tap_diffusion.demo.sheets import sheet
+from tap_diffusion.generate import psnr
 
 MAX_TOKENS = 8  # of a caption, in both tokenizers
 CAPTION_DROPOUT = 0.1  # share of samples trained without caption, for classifier-free guidance
@@ -240,11 +242,6 @@ def split_pictures(folder: Path) -> tuple[Tensor, Tensor]:
     return pictures[HELD_OUT:], pictures[:HELD_OUT]
 
 
-def psnr(a: Tensor, b: Tensor) -> float:
-    """Mean over pictures in [-1, 1] of the peak signal-to-noise ratio, dB."""
-    return float((10 * torch.log10(4 / (a - b).square().flatten(1).mean(1))).mean())
-
-
 @app.command()
 def autoencoder(
     work: Work, data_folder: Data = None, steps: Steps = 2400, batch: Batch = 16, lr: LearningRate = 2e-3,
@@ -268,7 +265,7 @@ def autoencoder(
 
     def samples(model: Any, file: Path) -> None:
         decoded = model.decode(model.encode(held_out.to(dev)).latent_dist.mean).sample.clamp(-1, 1).cpu()
-        tqdm.write(f"held-out PSNR {psnr(decoded, held_out):.2f} dB")
+        tqdm.write(f"held-out PSNR {fmean(psnr(decoded, held_out)):.2f} dB")
         sheet([held_out[:16], decoded[:16]], ["picture", "decoded"]).save(file)
 
     run(work, "autoencoder", vae, steps, lr, minutes, loss_of, samples, every=400)
