@@ -39,7 +39,7 @@ class Engine:
     def __init__(self, config: TAPConfig) -> None:
         self.config = config
         self.report = Report()
-        self._histories: dict[str, History] = {}
+        self._histories: dict[str, dict[str, History]] = {}  # of each branch, of each of its streams
         self._doubts: dict[str, _LateFlag] = {}
         self._may_have_ended = False
 
@@ -105,16 +105,17 @@ class Engine:
     @property
     def cache_bytes(self) -> int:
         """Bytes that the histories hold now."""
-        return sum(history.nbytes for history in self._histories.values())
+        return sum(history.nbytes for branch in self._histories.values() for history in branch.values())
 
     # --------------------------------------------------------------------------------------------------- the two kinds
 
-    def record(self, call: Call, residual: Tensor, probe: Tensor | None) -> None:
+    def record(self, call: Call, residual: Tensor, probe: Tensor | None, stream: str = "") -> None:
         """Make a full step's features the newest anchor of its branch.
 
         Args:
             residual: hidden states after the last block minus those before the first, (B, N, D).
             probe: probe features, (B, N, D'), or None where nothing is selected.
+            stream: name of the stream of tokens, where a model has several (video and sound).
         """
         if self.config.interval == 1:
             return
@@ -122,18 +123,22 @@ class Engine:
             # No anchor rather than a bad one. The steps up to the next full one then have none and run in full.
             self._histories.pop(call.branch, None)
             return
-        history = self._histories.get(call.branch)
+        streams = self._histories.setdefault(call.branch, {})
+        history = streams.get(stream)
         if history is None or not history.fits(residual):
-            history = self._histories[call.branch] = History(self.config.anchors)
+            history = streams[stream] = History(self.config.anchors)
         history.add(call.step, residual, probe)
         self._doubts.pop(call.branch, None)
 
-    def predict(self, call: Call, hidden_states: Tensor, probe: Callable[[], Tensor]) -> Tensor:
+    def predict(
+        self, call: Call, hidden_states: Tensor, probe: Callable[[], Tensor], stream: str = ""
+    ) -> Tensor:
         """The hidden states after the last block, predicted (paper, token-adaptive selection).
 
         Args:
             hidden_states: x, before the first block, (B, N, D).
             probe: computes the probe features now, (B, N, D'); not called where there is one candidate.
+            stream: as in :meth:`record`.
 
         Returns:
             x + r̂, (B, N, D) in the dtype of x.
@@ -141,25 +146,29 @@ class Engine:
         Raises:
             Fallback: the shape, dtype or device changed, or a value is not finite.
         """
-        history = self._histories[call.branch]
+        history = self._histories[call.branch].get(stream)
+        if history is None:
+            raise Fallback("no finite anchor")
         if not history.fits(hidden_states):
             raise Fallback("the shape, dtype or device of the hidden states changed")
         config = self.config
         members, coefficients = _coefficients(config, tuple(history.times), call.step)
         if len(members) == 1:
             predicted = combine(history.residual, coefficients[0].tolist())
-            return self._checked(call, hidden_states, predicted, None)
+            return self._checked(call, hidden_states, predicted, None, history)
         h = probe()
         if config.loss == "l1":
             losses = proxy_losses(h, history.probe, coefficients, config.loss)
         else:
             losses = proxy_losses_onepass(h, history.probe, history.gram, coefficients, config.loss)
         choice = choose(losses, config.granularity)
-        result = self._checked(call, hidden_states, combine_chosen(history.residual, coefficients, choice), h)
+        result = self._checked(call, hidden_states, combine_chosen(history.residual, coefficients, choice), h, history)
         self.report.choices.append(Choice(call.step, call.branch, members, choice.to(torch.uint8)))
         return result
 
-    def _checked(self, call: Call, hidden_states: Tensor, predicted: Tensor, h: Tensor | None) -> Tensor:
+    def _checked(
+        self, call: Call, hidden_states: Tensor, predicted: Tensor, h: Tensor | None, history: History
+    ) -> Tensor:
         """x + r̂ if everything is finite; else a fallback, on a GPU one step late so that nothing waits for it."""
         result = (hidden_states + predicted).to(hidden_states.dtype)
         if not self.checks_late(result):
@@ -170,7 +179,7 @@ class Engine:
         if call.branch in self._doubts:  # not arrived yet
             doubt |= self._doubts[call.branch].flag
         self._doubts[call.branch] = _LateFlag(doubt)
-        reused = hidden_states + self._histories[call.branch].residual[0]
+        reused = hidden_states + history.residual[0]
         return torch.where(result.isfinite(), result, reused)
 
     @staticmethod

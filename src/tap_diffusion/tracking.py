@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
+_STRANGERS = 8  # more than a trajectory's first step can have branches
+
 
 @dataclass(frozen=True)
 class Call:
@@ -49,6 +51,8 @@ class StepTracker:
 
     def __init__(self) -> None:
         self.schedulers: list[Callable[[], Any]] = []
+        self._guessed = False  # whether it was trusted without agreeing on the time
+        self._strangers = 0  # calls in a row with a conditioning never seen before
         self._trusted: Any = None  # the scheduler whose timesteps this trajectory runs through
         self.reset()
 
@@ -59,18 +63,23 @@ class StepTracker:
         self._step = -1
         self._branches: dict[str, _Branch] = {}
 
-    def locate(self, timestep: Tensor, branch: str | None, conditioning: Any) -> Call:
+    def locate(self, timestep: Any, branch: str | None, conditioning: Any, rising: bool = False) -> Call:
         """Place a call.
 
         Args:
-            timestep: the transformer's timestep argument; its first element is read, and only where no scheduler
-                tells the position (on a GPU, reading it waits for the device).
+            timestep: the transformer's timestep argument, a number or a tensor; where tokens have times of their own,
+                the noisiest counts (the others are conditions). A tensor is read only where no scheduler tells the
+                position (on a GPU, reading it waits for the device).
             branch: its name, where the pipeline set diffusers' ``cache_context``.
-            conditioning: the tensor that conditions this branch, such as the prompt embeddings. The same object
-                comes back at each step of a trajectory.
+            conditioning: the tensor that conditions this branch, such as the prompt embeddings, or a list of them.
+                With most pipelines the same object comes back at each step of a trajectory.
+            rising: the argument rises from step to step, from 0 for noise to 1.
         """
+        if isinstance(conditioning, list | tuple):
+            conditioning = conditioning[0] if conditioning else None
         familiar = any(known.conditioning() is conditioning for known in self._branches.values())
-        timesteps, position, is_last = self._read(timestep, familiar)
+        self._strangers = 0 if familiar else self._strangers + 1
+        timesteps, position, is_last = self._read(_Time(timestep, rising), familiar)
         advances = position < self._position
         name = branch if branch is not None else f"#{0 if advances else self._calls_at(position)}"
         known = self._branches.get(name)
@@ -79,8 +88,9 @@ class StepTracker:
             or position > self._position
             or (not advances and known is not None and known.position == position)
             # Without a scheduler, another conditioning is the only sign that an interrupted run was followed by one
-            # that starts lower.
-            or (timesteps is None and advances and (known is None or known.conditioning() is not conditioning))
+            # that starts lower. Where it is another one at each call, it is no sign.
+            or (timesteps is None and advances and (known is None or known.conditioning() is not conditioning)
+                and self._strangers <= _STRANGERS)
         ):
             self.reset()
             name = branch if branch is not None else "#0"
@@ -93,30 +103,67 @@ class StepTracker:
     def _calls_at(self, position: float) -> int:
         return sum(branch.position == position for branch in self._branches.values())
 
-    def _read(self, timestep: Tensor, familiar: bool) -> tuple[Tensor | None, float, bool | None]:
+    def _read(self, time: _Time, familiar: bool) -> tuple[Tensor | None, float, bool | None]:
         """The timesteps of this trajectory if a scheduler is known, the falling position, whether it is the last."""
         if not familiar or (self._trusted is not None and self._trusted.timesteps is not self._timesteps):
             # Another run, or another pipeline that shares the transformer: see whose timestep this is.
-            self._trusted = next((s for s in self._known() if _agrees(s, timestep)), None)
+            self._trusted = self._whose(time)
         scheduler = self._trusted
         if scheduler is None:
-            return None, _number(timestep), None
+            return None, time.position(), None
         index = _index(scheduler)
         if index is None:
-            position = _number(timestep)
-            return scheduler.timesteps, position, _close(position, float(scheduler.timesteps[-1]))
+            return scheduler.timesteps, time.position(), time.is_at(float(scheduler.timesteps[-1]))
         return scheduler.timesteps, -float(index), index == len(scheduler.timesteps) - 1
+
+    def _whose(self, time: _Time) -> Any:
+        known = self._known()
+        for scheduler in known:
+            if _agrees(scheduler, time):
+                self._guessed = False
+                return scheduler
+        # Some pipelines pass a time of their own making, such as a function of sigma. Then the only scheduler that is
+        # known counts if it stands at the start of a run, or goes on from there.
+        if len(known) != 1 or (index := _index(known[0])) is None or index >= len(known[0].timesteps):
+            return None
+        if known[0].timesteps is self._timesteps:
+            return known[0] if self._guessed and -index <= self._position else None
+        self._guessed = index == (getattr(known[0], "begin_index", None) or 0)
+        return known[0] if self._guessed else None
 
     def _known(self) -> list[Any]:
         found = [scheduler() for scheduler in self.schedulers]
         return [scheduler for scheduler in found if isinstance(getattr(scheduler, "timesteps", None), Tensor)]
 
 
-def _agrees(scheduler: Any, timestep: Tensor) -> bool:
-    index, value = _index(scheduler), _number(timestep)
+class _Time:
+    """A transformer's timestep argument."""
+
+    def __init__(self, value: Any, rising: bool) -> None:
+        self._value, self._rising = value, rising
+
+    def __float__(self) -> float:
+        if not isinstance(self._value, Tensor):
+            return float(self._value)
+        return float(self._value.min() if self._rising else self._value.max())
+
+    def position(self) -> float:
+        """A number that falls from step to step."""
+        return -float(self) if self._rising else float(self)
+
+    def is_at(self, timestep: float) -> bool:
+        """Whether this is a scheduler's timestep, in thousandths or not, up to rounding to bfloat16."""
+        value = float(self)
+        if self._rising:
+            return math.isclose(1 - value, timestep / 1000, rel_tol=1e-2, abs_tol=4e-3)
+        return math.isclose(value, timestep, rel_tol=1e-2) or math.isclose(1000 * value, timestep, rel_tol=1e-2)
+
+
+def _agrees(scheduler: Any, time: _Time) -> bool:
+    index = _index(scheduler)
     if index is None:
-        return any(_close(value, t) for t in scheduler.timesteps.tolist())
-    return index < len(scheduler.timesteps) and _close(value, float(scheduler.timesteps[index]))
+        return any(time.is_at(t) for t in scheduler.timesteps.tolist())
+    return index < len(scheduler.timesteps) and time.is_at(float(scheduler.timesteps[index]))
 
 
 def _index(scheduler: Any) -> int | None:
@@ -124,15 +171,6 @@ def _index(scheduler: Any) -> int | None:
     if not hasattr(scheduler, "step_index"):
         return None
     return scheduler.step_index if scheduler.step_index is not None else (getattr(scheduler, "begin_index", None) or 0)
-
-
-def _close(value: float, timestep: float) -> bool:
-    """Whether a transformer's argument is this timestep, in thousandths or not, up to rounding to bfloat16."""
-    return math.isclose(value, timestep, rel_tol=1e-2) or math.isclose(1000 * value, timestep, rel_tol=1e-2)
-
-
-def _number(timestep: Tensor) -> float:
-    return float(timestep.flatten()[0])
 
 
 def _weak(value: Any) -> Callable[[], Any]:

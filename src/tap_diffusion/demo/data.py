@@ -2,7 +2,8 @@
 
 Two npm packages hold the pictures: ``emoji-datasource-google`` (Noto Emoji, Apache-2.0; the package is MIT)
 and ``@lobehub/fluent-emoji-3d`` (Microsoft Fluent Emoji, MIT). ``captions.tsv`` beside this file lists the
-emoji that have a caption, as code points and caption; both packages draw every one of them.
+emoji that have a caption, as code points, caption and other captions that mean the same (``green frog face``);
+both packages draw every one of them.
 """
 
 from __future__ import annotations
@@ -27,11 +28,21 @@ SIZE = 64
 _SKIN_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
 
 
+def _table() -> list[list[str]]:
+    text = Path(__file__).with_name("captions.tsv").read_text(encoding="utf-8")
+    return [line.split("\t") for line in text.splitlines()]
+
+
 @cache
 def captions() -> dict[str, str]:
     """Caption of each emoji, keyed by code points in lower-case hex joined by ``-``."""
-    lines = Path(__file__).with_name("captions.tsv").read_text(encoding="utf-8").splitlines()
-    return dict(line.split("\t") for line in lines)
+    return {code: caption for code, caption, *_ in _table()}
+
+
+@cache
+def synonyms() -> dict[str, list[str]]:
+    """Other captions of the same emoji, keyed by its caption; empty for most."""
+    return {caption: others for _, caption, *others in _table()}
 
 
 def download(folder: Path) -> dict[str, Path]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.errors import UnsupportedModelError
+from tap_diffusion.integrations.depth import Depth
 from tap_diffusion.integrations.hook import TAPHook
 from tap_diffusion.integrations.models import SPECS, TransformerSpec
 from tap_diffusion.reporting import Report
@@ -117,8 +118,7 @@ def _spec(module: nn.Module) -> TransformerSpec:
     if name not in SPECS:
         raise UnsupportedModelError(f"{name} is not supported yet; supported are {', '.join(SPECS)}")
     spec = SPECS[name]
-    if len(getattr(module, spec.blocks[0])) == 0:
-        raise UnsupportedModelError(f"this {name} has no {spec.blocks[0]}, the first of which is TAP's probe")
+    Depth(module, spec)  # raises where this one lacks what its class should have
     return spec
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
+import torch
 from diffusers.hooks.hooks import BaseState, ModelHook, StateManager
 from torch import Tensor, nn
 
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.engine import Engine, Fallback
+from tap_diffusion.integrations.depth import Depth, Streams, named
 from tap_diffusion.integrations.models import TransformerSpec
 from tap_diffusion.reporting import stopwatch
 from tap_diffusion.tracking import Call, StepTracker
@@ -34,26 +32,27 @@ class TAPHook(ModelHook):
         self.engine = Engine(config)
         self.tracker = StepTracker()
         self._context = StateManager(BaseState)
+        self._depth: Depth | None = None
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Stand in for the transformer's forward."""
-        arguments = _named(module, args, kwargs)
+        arguments = named(module, args, kwargs)
+        if self._depth is None or not self._depth.is_current():
+            self._depth = Depth(module, self.spec)
         try:
+            timestep = arguments[self.spec.timestep]
             call = self.tracker.locate(
-                arguments["timestep"],
-                self._branch(),
-                arguments.get(self.spec.conditioning),
+                timestep, self._branch(), arguments.get(self.spec.conditioning), rising=self.spec.rising
             )
-            stop = stopwatch(arguments[self.spec.stream].device)
+            stop = stopwatch(_device(arguments))
             full = self.engine.begin(call)
             if not full:
-                output, reason = self._predict(module, call, arguments)
+                output, reason = self._predict(self._depth, call, args, kwargs)
                 if reason is not None:
                     self.engine.fall_back(call, reason)
                     full = True
             if full:
-                with self._observed(module, call):
-                    output = self.fn_ref.original_forward(*args, **kwargs)
+                output = self._run_in_full(self._depth, call, args, kwargs)
             self.engine.end(call, full, stop())
         except BaseException:  # an interrupt as well: nothing of a broken trajectory may reach the next
             self.reset_state(module)
@@ -72,95 +71,80 @@ class TAPHook(ModelHook):
         self.tracker.reset()
         return module
 
-    def _first_block(self, module: nn.Module) -> nn.Module:
-        return next(block for name in self.spec.blocks for block in getattr(module, name))
-
-    @contextmanager
-    def _observed(self, module: nn.Module, call: Call) -> Iterator[None]:
-        """Record residual and probe features of a full step, by hooks that are gone when it ends."""
+    def _run_in_full(self, depth: Depth, call: Call, args: Any, kwargs: Any) -> Any:
+        """Run the model's own forward and record probe features and residuals."""
         config = self.engine.config
         if config.interval == 1:
-            yield
-            return
-        before: dict[str, Tensor] = {}
+            return self.fn_ref.original_forward(*args, **kwargs)
+        before: dict[str, tuple[Tensor, Tensor | None]] = {}
 
-        def enter(block: nn.Module, args: Any, kwargs: Any) -> None:
-            arguments = _named(block, args, kwargs)
-            before["stream"] = arguments[self.spec.stream]
-            if config.chooses and config.probe == "modulated_input":
-                before["probe"] = self.spec.modulated_input(block, arguments)
+        def enter(arguments: dict[str, Any], output: Any) -> None:
+            probes = self._probes(depth, arguments, output) if config.chooses else {}
+            for stream in self.spec.streams:
+                before[stream.argument] = arguments[stream.argument], probes.get(stream.argument)
 
-        def leave(block: nn.Module, args: Any, output: Any) -> None:
-            if config.chooses and config.probe == "first_block":
-                before["probe"] = self._stream_of(output) - before["stream"]
+        def leave(stream: str, after: Tensor) -> None:
+            if stream in before:
+                x, h = before.pop(stream)
+                residual = (after.reshape(x.shape) - x).to(x.dtype)
+                self.engine.record(call, self._tokens(residual), h, stream)
 
-        def finish(head: nn.Module, args: Any) -> None:
-            self.engine.record(call, args[0] - before["stream"], before.get("probe"))
+        with depth.watched(enter, leave):
+            return self.fn_ref.original_forward(*args, **kwargs)
 
-        first = self._first_block(module)
-        handles = [
-            first.register_forward_pre_hook(enter, with_kwargs=True),
-            first.register_forward_hook(leave),
-            getattr(module, self.spec.head).register_forward_pre_hook(finish),
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _predict(self, module: nn.Module, call: Call, arguments: dict[str, Any]) -> tuple[Any, str | None]:
-        """Run the model's own forward with one block that predicts in place of all its blocks.
+    def _predict(self, depth: Depth, call: Call, args: Any, kwargs: Any) -> tuple[Any, str | None]:
+        """Run the model's own forward with its depth left out.
 
         Returns:
             the output, and the reason if it can't be used. The reason does not travel as an exception through the
             model, which may have to undo things (LoRA scales, for one) at the end of its forward.
         """
-        first = self._first_block(module)
-        reasons: list[str] = []
+        reason: str | None = "the model did not call its first block"
 
-        def predict(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
-            block_arguments = _named(first, args, kwargs)
-            stream = block_arguments[self.spec.stream]
+        def predict(arguments: dict[str, Any]) -> Streams:
+            nonlocal reason
+            predicted: Streams = {}
+            probes: Streams = {}
+            for stream in self.spec.streams:
+                x = arguments[stream.argument]
 
-            def probe() -> Tensor:
-                if self.engine.config.probe == "modulated_input":
-                    return self.spec.modulated_input(first, block_arguments)
-                return self._stream_of(first(*args, **kwargs)) - stream
+                def probe(name: str = stream.argument) -> Tensor:
+                    if not probes:
+                        probes.update(self._probes(depth, arguments))
+                    return probes[name]
 
-            try:
-                block_arguments = {**block_arguments, self.spec.stream: self.engine.predict(call, stream, probe)}
-            except Fallback as fallback:
-                reasons.append(str(fallback))
-            return tuple(block_arguments[name] for name in self.spec.block_outputs)
+                try:
+                    after = self.engine.predict(call, self._tokens(x), probe, stream.argument)
+                except Fallback as fallback:
+                    reason = str(fallback)
+                    return {}
+                predicted[stream.argument] = self._untokens(after, x)
+            reason = None
+            return predicted
 
-        originals = {name: getattr(module, name) for name in self.spec.blocks}
-        replaced, *emptied = self.spec.blocks
-        try:
-            module._modules[replaced] = nn.ModuleList([_StandIn(predict)])
-            module._modules.update({name: nn.ModuleList() for name in emptied})
-            output = self.fn_ref.original_forward(
-                **{name: None if name in self.spec.within_residual else value for name, value in arguments.items()}
-            )
-        finally:
-            module._modules.update(originals)
-        return output, (reasons[0] if reasons else None)
+        with depth.left_out(predict):
+            output = self.fn_ref.original_forward(*args, **kwargs)
+        return output, reason
 
-    def _stream_of(self, block_output: tuple[Tensor, ...]) -> Tensor:
-        return block_output[self.spec.block_outputs.index(self.spec.stream)]
+    def _probes(self, depth: Depth, arguments: dict[str, Any], output: Any = None) -> Streams:
+        """Probe features h of each stream, (B, N, D'); the first block's output is computed where it is not given."""
+        if self.spec.probe and self.engine.config.probe == "modulated_input":
+            h = self._tokens(depth.attention_input(arguments))
+            return {self.spec.streams[0].argument: h}
+        after = depth.streams_of(depth.first(**arguments) if output is None else output)
+        return {name: self._tokens(value - arguments[name]) for name, value in after.items()}
 
+    def _tokens(self, x: Tensor) -> Tensor:
+        """A stream as (B, N, D)."""
+        if self.spec.tokens_first:
+            x = x.transpose(0, 1)
+        return x.reshape(1 if x.ndim == 2 else x.shape[0], -1, x.shape[-1])
 
-class _StandIn(nn.Module):
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.forward = function
-
-
-def _named(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
-    """A module's arguments by name, however its caller passes them."""
-    return dict(zip(_parameters(type(module).forward), args, strict=False)) | kwargs
+    def _untokens(self, x: Tensor, like: Tensor) -> Tensor:
+        return (x.transpose(0, 1) if self.spec.tokens_first else x).reshape(like.shape)
 
 
-@cache
-def _parameters(method: Callable[..., Any]) -> list[str]:
-    return list(inspect.signature(method).parameters)[1:]
+def _device(arguments: dict[str, Any]) -> torch.device:
+    """Where the first tensor among the arguments lives."""
+    values = (item for value in arguments.values() for item in (value if isinstance(value, list) else [value]))
+    return next((value.device for value in values if isinstance(value, Tensor)), torch.device("cpu"))

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+
+@dataclass(frozen=True)
+class Stream:
+    """A sequence of tokens that goes through all blocks to an output of the model.
+
+    Attributes:
+        argument: the first block's argument that carries it, (B, N, D) or with several token axes.
+        head: submodule (or ModuleDict of alternatives) that receives it as first argument, behind the last block and
+            all that is done there. None: the last block returns it, and nothing is added to it between blocks.
+    """
+
+    argument: str = "hidden_states"
+    head: str | None = None
 
 
 @dataclass(frozen=True)
@@ -14,38 +25,59 @@ class TransformerSpec:
     """How to find the depth of a transformer and its first layer.
 
     Attributes:
-        blocks: attributes that hold the lists of blocks, in the order in which they run.
-        block_outputs: what the first block returns, named as its arguments.
-        stream: the one of these that reaches the output head; text in a stream of its own is not cached.
-        head: the module that receives this stream, as its first argument, after the last block and whatever is
-            added behind it.
-        modulated_input: (first block, its arguments by name) -> what enters its attention, (B, N, D).
-        within_residual: arguments of the transformer that act between the blocks. On predicted steps they are
-            withheld, since the residual has their effect already.
+        blocks: lists of blocks that take part in the residual, in the order in which they run.
+        streams: nearly always one; text in a stream of its own is not cached.
+        outputs: what the first block returns, named as its arguments; empty where it returns a single tensor.
+        bypassed: lists of blocks that run beside these, such as a control branch. On predicted steps one block that
+            returns these of its arguments takes the place of all.
+        modulated_norm: child of the first block whose (first) output is the modulated input; None: what enters the
+            first attention.
+        probe: False where what enters the attention can't be compared token by token with the stream: the change by
+            the whole first block is the probe then, whatever the configuration says.
+        tokens_first: the stream is (N, B, D).
+        timestep: argument of the transformer that tells the time.
+        rising: it rises along a trajectory.
         conditioning: argument of the transformer that tells one trajectory's branch from another's.
+        note: for users, in the table of models.
     """
 
     blocks: tuple[str, ...]
-    block_outputs: tuple[str, ...]
-    stream: str
-    head: str
-    modulated_input: Callable[[nn.Module, Mapping[str, Any]], Tensor]
-    within_residual: tuple[str, ...] = ()
+    streams: tuple[Stream, ...] = (Stream(),)
+    outputs: tuple[str, ...] = ()
+    bypassed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    modulated_norm: str | None = None
+    probe: bool = True
+    tokens_first: bool = False
+    timestep: str = "timestep"
+    rising: bool = False
     conditioning: str = "encoder_hidden_states"
+    note: str = ""
+
+    @property
+    def leaves_by_block(self) -> bool:
+        """Whether the last block's output is where the streams are read and predicted."""
+        return any(stream.head is None for stream in self.streams)
 
 
-def _flux_modulated_input(block: Any, arguments: Mapping[str, Any]) -> Tensor:
-    modulated: Tensor = block.norm1(arguments["hidden_states"], emb=arguments["temb"])[0]
-    return modulated
-
+_TEXT_FIRST = ("encoder_hidden_states", "hidden_states")
+_TEXT_LAST = ("hidden_states", "encoder_hidden_states")
+_DUAL_SINGLE = ("transformer_blocks", "single_transformer_blocks")
+_TO_NORM_OUT = (Stream(head="norm_out"),)
 
 SPECS: dict[str, TransformerSpec] = {
     "FluxTransformer2DModel": TransformerSpec(
-        blocks=("transformer_blocks", "single_transformer_blocks"),
-        block_outputs=("encoder_hidden_states", "hidden_states"),
-        stream="hidden_states",
-        head="norm_out",
-        modulated_input=_flux_modulated_input,
-        within_residual=("controlnet_block_samples", "controlnet_single_block_samples"),
+        _DUAL_SINGLE, _TO_NORM_OUT, outputs=_TEXT_FIRST, modulated_norm="norm1"
     ),
-}
+    "QwenImageTransformer2DModel": TransformerSpec(
+        ("transformer_blocks",), _TO_NORM_OUT, outputs=_TEXT_FIRST
+    ),
+    "HunyuanVideoTransformer3DModel": TransformerSpec(
+        _DUAL_SINGLE, _TO_NORM_OUT, outputs=_TEXT_LAST, modulated_norm="norm1"
+    ),
+    "SD3Transformer2DModel": TransformerSpec(
+        ("transformer_blocks",), _TO_NORM_OUT, outputs=_TEXT_FIRST, modulated_norm="norm1"
+    ),
+    "WanTransformer3DModel": TransformerSpec(("blocks",)),
+}  # fmt: skip
+
+REFUSED: dict[str, str] = {}

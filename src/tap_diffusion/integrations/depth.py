@@ -1,0 +1,248 @@
+"""The depth of a transformer: watched on full steps, left out on predicted ones, without touching the model's code.
+
+For the time of one call a few submodules are exchanged for guises of themselves. On a full step the first block and
+the head tell what enters them. On a predicted step a guise stands in for the first block, every other block is gone,
+and the head gets the predicted stream instead of whatever has come through, so that nothing that a model does between
+its blocks (concatenating streams, adding ControlNet or adapter features) can reach the output twice.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor, nn
+
+from tap_diffusion.errors import UnsupportedModelError
+from tap_diffusion.integrations.models import TransformerSpec
+
+Streams = dict[str, Tensor]  # by the name of the first block's argument
+
+
+class Guise(nn.Module):
+    """Runs ``function`` in place of ``module``; whatever else the model reads of the module, it gets from there."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.__dict__["_guised"] = module  # not a submodule: the model must not find it twice
+        self.forward = function
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_guised"], name)
+
+
+class Depth:
+    """The places in one transformer that a spec names, and their guises.
+
+    Args:
+        module: the transformer.
+        spec: of its class.
+
+    Raises:
+        UnsupportedModelError: there is no first block.
+    """
+
+    def __init__(self, module: nn.Module, spec: TransformerSpec) -> None:
+        self.module, self.spec = module, spec
+        blocks = self._get(spec.blocks[0])
+        if not blocks:
+            raise UnsupportedModelError(
+                f"this {type(module).__name__} has no {spec.blocks[0]}, the first of which is TAP's probe"
+            )
+        self.first: nn.Module = blocks[0]
+        self._entered: Callable[[dict[str, Any], Callable[[], Any]], Any]
+        self._left: Callable[[str, Tensor], Tensor]
+        self._full = self._guises(full=True)
+        self._predicted = self._guises(full=False)
+        self._originals = {place: self._get(place) for place in self._full | self._predicted}
+
+    def is_current(self) -> bool:
+        """Whether the module still holds what it held when this was made."""
+        return self._get(self.spec.blocks[0])[0] is self.first and all(
+            self._get(place) is original for place, original in self._originals.items()
+        )
+
+    @contextmanager
+    def watched(
+        self, enter: Callable[[dict[str, Any], Any], None], leave: Callable[[str, Tensor], None]
+    ) -> Iterator[None]:
+        """A full step. ``enter`` gets the first block's arguments by name, and its output; ``leave`` gets each stream,
+        by name, as it leaves the last block or enters the head."""
+
+        def entered(arguments: dict[str, Any], run: Callable[[], Any]) -> Any:
+            output = run()
+            enter(arguments, output)
+            return output
+
+        def left(stream: str, value: Tensor) -> Tensor:
+            leave(stream, value)
+            return value
+
+        with self._exchanged(self._full, entered, left):
+            yield
+
+    @contextmanager
+    def left_out(self, predict: Callable[[dict[str, Any]], Streams]) -> Iterator[None]:
+        """A predicted step: ``predict`` gets the first block's arguments by name and returns what enters the head."""
+        predicted: Streams = {}
+
+        def entered(arguments: dict[str, Any], run: Callable[[], Any]) -> Any:
+            predicted.update(predict(arguments))
+            return self._as_output({**arguments, **predicted} if self.spec.leaves_by_block else arguments)
+
+        def left(stream: str, value: Tensor) -> Tensor:
+            if stream not in predicted:
+                return value
+            return predicted[stream].reshape(value.shape).to(value.dtype)
+
+        with self._exchanged(self._predicted, entered, left):
+            yield
+
+    def streams_of(self, block_output: Any) -> Streams:
+        """The streams in what the first block returns."""
+        if isinstance(block_output, Tensor):
+            return {self.spec.streams[0].argument: block_output}
+        named = dict(zip(self.spec.outputs, block_output, strict=False))
+        return {stream.argument: named[stream.argument] for stream in self.spec.streams}
+
+    def attention_input(self, arguments: dict[str, Any]) -> Tensor:
+        """The modulated input: run the first block as far as its attention, or the norm that the spec names.
+
+        The block's own code runs, uncompiled, up to that place and no further.
+        """
+        norm = self.spec.modulated_norm
+        children = [self.first.get_submodule(norm)] if norm else _attentions(self.first)
+
+        def at_attention(_: nn.Module, args: Any, kwargs: Any) -> None:
+            raise _Reached(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+
+        def after_norm(_: nn.Module, args: Any, output: Any) -> None:
+            raise _Reached(output if isinstance(output, Tensor) else output[0])
+
+        handles = [
+            child.register_forward_hook(after_norm)
+            if norm
+            else child.register_forward_pre_hook(at_attention, with_kwargs=True)
+            for child in children
+        ]
+        try:
+            self.first._call_impl(**arguments)
+        except _Reached as reached:
+            return reached.value
+        finally:
+            for handle in handles:
+                handle.remove()
+        raise UnsupportedModelError(
+            f"the first block of {type(self.module).__name__} calls no attention; use TAPConfig(probe='first_block')"
+        )
+
+    # ------------------------------------------------------------------------------------------------------- guises
+
+    def _guises(self, full: bool) -> dict[str, nn.Module]:
+        """What takes which place in the module."""
+        spec = self.spec
+        lists = {name: list(self._get(name)) for name in spec.blocks}
+
+        def first(*args: Any, **kwargs: Any) -> Any:
+            return self._entered(named(self.first, args, kwargs), lambda: self.first(*args, **kwargs))
+
+        if full:
+            if spec.leaves_by_block:
+                last_list = next(name for name in reversed(spec.blocks) if lists[name])
+                lists[last_list][-1] = self._last(lists[last_list][-1], first)
+            if lists[spec.blocks[0]][0] is self.first:
+                lists[spec.blocks[0]][0] = Guise(self.first, first)
+        else:
+            lists = {name: [] for name in spec.blocks} | {spec.blocks[0]: [Guise(self.first, first)]}
+            for name, outputs in spec.bypassed.items():
+                block = self._get(name)[0]
+                lists[name] = [Guise(block, _pass_through(block, outputs))]
+        places: dict[str, nn.Module] = {name: nn.ModuleList(blocks) for name, blocks in lists.items()}
+        for stream in spec.streams:
+            if stream.head is None:
+                continue
+            head = self._get(stream.head)
+            if isinstance(head, nn.ModuleDict):
+                places[stream.head] = nn.ModuleDict({k: self._head(stream.argument, m) for k, m in head.items()})
+            else:
+                places[stream.head] = self._head(stream.argument, head)
+        return places
+
+    def _last(self, block: nn.Module, first: Callable[..., Any]) -> nn.Module:
+        run = first if block is self.first else block
+
+        def last(*args: Any, **kwargs: Any) -> Any:
+            output = run(*args, **kwargs)
+            for stream, value in self.streams_of(output).items():
+                self._left(stream, value)
+            return output
+
+        return Guise(block, last)
+
+    def _head(self, stream: str, head: nn.Module) -> nn.Module:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if args:
+                return head(self._left(stream, args[0]), *args[1:], **kwargs)
+            name = _parameters(type(head).forward)[0]
+            return head(**kwargs | {name: self._left(stream, kwargs[name])})
+
+        return Guise(head, run)
+
+    @contextmanager
+    def _exchanged(self, places: dict[str, nn.Module], entered: Any, left: Any) -> Iterator[None]:
+        self._entered, self._left = entered, left
+        try:
+            self._set(places)
+            yield
+        finally:
+            self._set({place: self._originals[place] for place in places})
+            del self._entered, self._left
+
+    def _as_output(self, arguments: dict[str, Any]) -> Any:
+        """What the first block would return if it changed nothing."""
+        if not self.spec.outputs:
+            return arguments[self.spec.streams[0].argument]
+        return tuple(arguments.get(name) for name in self.spec.outputs)
+
+    def _get(self, place: str) -> Any:
+        return attrgetter(place)(self.module)
+
+    def _set(self, places: dict[str, nn.Module]) -> None:
+        for place, module in places.items():
+            parent, _, name = place.rpartition(".")
+            self.module.get_submodule(parent)._modules[name] = module
+
+
+class _Reached(Exception):
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+def _attentions(block: nn.Module) -> list[nn.Module]:
+    """Children (of an inner block as well) whose name or class says attention, outermost only."""
+    found = [
+        child for name, child in block.named_children() if "attn" in name or "attention" in type(child).__name__.lower()
+    ]
+    return found or [inner for child in block.children() for inner in _attentions(child)]
+
+
+def _pass_through(block: nn.Module, outputs: tuple[str, ...]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        arguments = named(block, args, kwargs)
+        return arguments[outputs[0]] if len(outputs) == 1 else tuple(arguments[name] for name in outputs)
+
+    return run
+
+
+def named(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
+    """A module's arguments by name, however its caller passes them."""
+    return dict(zip(_parameters(type(module).forward), args, strict=False)) | kwargs
+
+
+@cache
+def _parameters(method: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(method).parameters)[1:]

@@ -1,0 +1,79 @@
+"""Every supported class keeps the promises (shared suite), and the suite notices where one would not."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable
+
+import pytest
+
+import zoo
+from tap_diffusion.engine import Engine
+from tap_diffusion.integrations.depth import Depth
+from tap_diffusion.integrations.models import SPECS
+from tap_diffusion.tracking import StepTracker
+from zoo import CASES, checks
+
+Fault = Callable[[pytest.MonkeyPatch], None]
+
+for _, module, _ in pkgutil.iter_modules(zoo.__path__):
+    importlib.import_module(f"zoo.{module}")
+
+CHECKS = [function for name, function in vars(checks).items() if name.startswith("check_")]
+
+
+def test_every_supported_class_has_a_case() -> None:
+    assert sorted(CASES) == sorted(SPECS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_conformance(name: str, check: checks.Check) -> None:
+    check(name)
+
+
+def _residual_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = Engine.record
+    monkeypatch.setattr(Engine, "record", lambda self, call, r, *more: record(self, call, 2 * r, *more))
+
+
+def _residual_of_another_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = Engine.record
+    monkeypatch.setattr(Engine, "record", lambda self, call, r, *more: record(self, call, r.roll(1, dims=1), *more))
+
+
+def _one_branch_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    locate = StepTracker.locate
+    monkeypatch.setattr(StepTracker, "locate", lambda *a, **k: dataclasses.replace(locate(*a, **k), branch="#0"))
+
+
+def _anchors_not_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Engine, "reset", lambda self: None)
+
+
+def _blocks_left_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Depth._set
+    monkeypatch.setattr(
+        Depth, "_set", lambda self, places: None if places == self._originals else original(self, places)
+    )
+
+
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel"])
+@pytest.mark.parametrize(
+    ("fault", "check"),
+    [
+        (_residual_twice, checks.check_same_input),
+        (_residual_twice, checks.check_recomputation),
+        (_residual_of_another_place, checks.check_recomputation),
+        (_one_branch_for_all, checks.check_branches),
+        (_anchors_not_reset, checks.check_repeatable),
+        (_blocks_left_exchanged, checks.check_off),
+    ],
+)
+def test_the_suite_notices(name: str, fault: Fault, check: checks.Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault(monkeypatch)
+    with pytest.raises((AssertionError, AttributeError)):
+        check(name)

@@ -1,0 +1,298 @@
+"""What must hold for every class. Each check raises AssertionError where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tap_diffusion as tap
+from tap_diffusion.integrations.depth import named
+from tap_diffusion.integrations.models import SPECS
+from tap_diffusion.schedule import full_steps
+from zoo import CASES, Conditions, build, denoise, evaluate, start
+
+CONFIG = tap.TAPConfig(interval=4, horizon_span=1)
+REUSE = tap.TAPConfig(interval=2, warmup=1, orders=(0,), horizon_span=0)
+
+
+def blocks_of(name: str, model: nn.Module) -> list[nn.Module]:
+    """All blocks of the depth, in order."""
+    return [block for place in SPECS[name].blocks for block in attrgetter(place)(model)]
+
+
+def trace(model: nn.Module) -> dict[str, Any]:
+    """Everything of the modules that an integration might leave changed."""
+    return {
+        name: (id(module), {k: (list(v) if isinstance(v, dict) else id(v)) for k, v in vars(module).items()})
+        for name, module in model.named_modules()
+    }
+
+
+def check_off(name: str) -> None:
+    """Promise 1: interval=1 changes no bit, and disable leaves no trace."""
+    case, model = CASES[name], build(name)
+    plain, before = denoise(model, case), trace(model)
+    assert plain[0].isfinite().all()
+    assert plain[0].std() > 1e-3
+    with tap.enabled(model, tap.TAPConfig(interval=1)):
+        assert torch.equal(denoise(model, case)[0], plain[0])
+    assert trace(model) == before
+    with tap.enabled(model, CONFIG):
+        assert not torch.equal(denoise(model, case)[0], plain[0])
+    assert trace(model) == before
+    assert torch.equal(denoise(model, case)[0], plain[0])
+
+
+def check_same_input(name: str) -> None:
+    """With order 0, a predicted step on (nearly) the same input repeats the full step."""
+    case, model = CASES[name], build(name)
+    z, conditions = start(case), Conditions(0, 1, torch.float32)
+    with tap.enabled(model, REUSE):
+        full = evaluate(model, case, z, 0.7, conditions)
+        predicted = evaluate(model, case, z, 0.7 * (1 - 1e-5), conditions)
+        assert tap.report(model).predicted_steps == 1
+    error = (predicted - full).norm() / full.norm()
+    assert error < 1e-2, f"relative error {error:.3f}"
+    with _residual_left_out(name, model):
+        bare = evaluate(model, case, z, 0.7, conditions)
+    assert (bare - full).norm() / full.norm() > 0.05, "the depth has no effect that could be tested"
+
+
+@contextmanager
+def _residual_left_out(name: str, model: nn.Module) -> Iterator[None]:
+    """The plain model with the head applied to what entered the first block."""
+    with _stream_into_head(name, model, lambda argument, entered: entered[argument]):
+        yield
+
+
+@contextmanager
+def _stream_into_head(name: str, model: nn.Module, make: Any) -> Iterator[None]:
+    """The plain model, all blocks running, with another stream put before its head (or out of its last block).
+
+    Args:
+        make: (name of the stream, first block's streams by name) -> the stream, or None to leave it alone.
+    """
+    spec = SPECS[name]
+    blocks = blocks_of(name, model)
+    entered: dict[str, Tensor] = {}
+
+    def enter(block: nn.Module, args: Any, kwargs: Any) -> None:
+        arguments = named(block, args, kwargs)
+        entered.update({stream.argument: arguments[stream.argument] for stream in spec.streams})
+
+    handles = [blocks[0].register_forward_pre_hook(enter, with_kwargs=True)]
+    for stream in spec.streams:
+
+        def before(head: nn.Module, args: Any, kwargs: Any, argument: str = stream.argument) -> Any:
+            key = None if args else next(iter(kwargs))
+            value = args[0] if args else kwargs[key]
+            new = make(argument, entered)
+            if new is None:
+                return None
+            new = new.reshape(value.shape).to(value.dtype)
+            return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, key: new})
+
+        def after(block: nn.Module, args: Any, output: Any, argument: str = stream.argument) -> Any:
+            new = make(argument, entered)
+            if new is None:
+                return None
+            if isinstance(output, Tensor):
+                return new
+            return tuple(new if n == argument else o for n, o in zip(spec.outputs, output, strict=True))
+
+        if stream.head is None:
+            handles.append(blocks[-1].register_forward_hook(after))
+        else:
+            head = attrgetter(stream.head)(model)
+            for module in head.values() if isinstance(head, nn.ModuleDict) else [head]:
+                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_recomputation(name: str) -> None:
+    """With order 0, a predicted step is the model's own head on first-block input plus cached residual.
+
+    The independent side runs all blocks and only exchanges what enters the head: so nothing else that the depth
+    computes may have a say in the output.
+    """
+    case, model = CASES[name], build(name)
+    z = [start(case, seed) for seed in (0, 1)]
+    with tap.enabled(model, REUSE):
+        conditions = Conditions(0, 1, torch.float32)
+        evaluate(model, case, z[0], 0.7, conditions)
+        predicted = evaluate(model, case, z[1], 0.6, conditions)
+        assert tap.report(model).predicted_steps == 1
+    residuals: dict[str, Tensor] = {}
+    conditions = Conditions(0, 1, torch.float32)
+    with _observed_stream(name, model) as (entered, left):
+        evaluate(model, case, z[0], 0.7, conditions)
+        for argument, x in entered.items():
+            residuals[argument] = left[argument].reshape(x.shape) - x
+    with _stream_into_head(name, model, lambda argument, entered: entered[argument] + residuals[argument]):
+        expected = evaluate(model, case, z[1], 0.6, conditions)
+    torch.testing.assert_close(predicted, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@contextmanager
+def _observed_stream(name: str, model: nn.Module) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    entered: dict[str, Tensor] = {}
+    left: dict[str, Tensor] = {}
+    spec = SPECS[name]
+
+    def look(argument: str, now: dict[str, Tensor]) -> None:
+        entered.update({k: v.clone() for k, v in now.items()})
+
+    handles = []
+    for stream in spec.streams:
+        if stream.head is None:
+
+            def after(_: nn.Module, args: Any, output: Any, argument: str = stream.argument) -> None:
+                outputs = {argument: output} if isinstance(output, Tensor) else dict(zip(spec.outputs, output))
+                left[argument] = outputs[argument].clone()
+
+            handles.append(blocks_of(name, model)[-1].register_forward_hook(after))
+        else:
+
+            def before(_: nn.Module, args: Any, kwargs: Any, argument: str = stream.argument) -> None:
+                left[argument] = (args[0] if args else next(iter(kwargs.values()))).clone()
+
+            head = attrgetter(stream.head)(model)
+            for module in head.values() if isinstance(head, nn.ModuleDict) else [head]:
+                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+    try:
+        with _stream_into_head(name, model, look):
+            yield entered, left
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_schedule(name: str) -> None:
+    """Full evaluations are the schedule's, and predicted steps complete no block."""
+    case, model = CASES[name], build(name)
+    calls: list[int] = []
+    for i, block in enumerate(blocks_of(name, model)):
+        block.register_forward_hook(lambda *_, i=i: calls.append(i))
+    evaluate(model, case, start(case), 1.0, Conditions(0, 1, torch.float32))
+    per_step = list(calls)
+    assert len(set(per_step)) == len(blocks_of(name, model)), "not every block runs"
+    calls.clear()
+    with tap.enabled(model, CONFIG):
+        denoise(model, case)
+        report = tap.report(model)
+    expected = full_steps(12, CONFIG.interval, CONFIG.warmup)
+    assert (report.steps, report.full_steps, report.fallbacks) == (12, len(expected), {})
+    probes = report.predicted_steps * (0 if SPECS[name].probe else 1)
+    assert calls.count(per_step[-1]) == len(expected) * per_step.count(per_step[-1])
+    assert len(calls) == len(expected) * len(per_step) + probes
+    assert len(report.choices) == report.predicted_steps * len(SPECS[name].streams)
+    taken = torch.cat([choice.index.flatten() for choice in report.choices])
+    assert len(taken.unique()) > 1, "every token always takes the same candidate"
+
+
+Check = Callable[[str], None]
+
+
+class Interrupt(Exception):
+    pass
+
+
+def _raise_at(name: str, model: nn.Module, call: int) -> Any:
+    """Make the last block raise at its n-th call from now on."""
+    count = 0
+
+    def hook(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == call:
+            raise Interrupt
+
+    return blocks_of(name, model)[-1].register_forward_pre_hook(hook)
+
+
+def check_repeatable(name: str) -> None:
+    """Promise 2: whatever came before, the result is that of a fresh model."""
+    case, model = CASES[name], build(name)
+    fresh_model = build(name)
+    with tap.enabled(fresh_model, CONFIG):
+        fresh = denoise(fresh_model, case)[0]
+    with tap.enabled(model, CONFIG):
+
+        def same(after: str) -> None:
+            assert torch.equal(denoise(model, case)[0], fresh), f"another result after {after}"
+
+        denoise(model, case)
+        same("a run")
+        denoise(model, case, stop=6)
+        same("an interrupt")
+        handle = _raise_at(name, model, 4)
+        try:
+            denoise(model, case)
+        except Interrupt:
+            pass
+        else:
+            raise AssertionError("the last block was not called four times")
+        handle.remove()
+        same("an exception")
+        denoise(model, case, size=2, stop=7)
+        same("another size")
+        denoise(model, case, batch=2)
+        same("another batch size")
+        denoise(model, case, steps=9)
+        same("another number of steps")
+        denoise(model, case, branches=(0, 1), stop=5)
+        same("two branches")
+        kept = [(part, dict(part._parameters), dict(part._buffers)) for part in model.modules()]
+        for dtype in case.dtypes:
+            for part, parameters, buffers in kept:  # not model.to(), which could not be undone without loss
+                for own, values in ((part._parameters, parameters), (part._buffers, buffers)):
+                    own.update({k: v.to(dtype) for k, v in values.items() if v is not None and v.is_floating_point()})
+            assert denoise(model, case, dtype=dtype)[0].isfinite().all()
+            assert not tap.report(model).fallbacks
+            for part, parameters, buffers in kept:
+                part._parameters.update(parameters)
+                part._buffers.update(buffers)
+            same(f"{dtype}")
+
+
+def check_branches(name: str) -> None:
+    """Promise 3: branches in separate calls, named or not, do not mix."""
+    case, model = CASES[name], build(name)
+    with tap.enabled(model, CONFIG):
+        alone = [denoise(model, case, branches=(seed,))[0] for seed in (1, 2, 3)]
+        for contexts in (False, True) if hasattr(model, "cache_context") else (False,):
+            together = denoise(model, case, branches=(1, 2, 3), contexts=contexts)
+            for one, other in zip(alone, together, strict=True):
+                assert torch.equal(one, other), f"branches mix, contexts={contexts}"
+
+
+def check_memory(name: str) -> None:
+    """Promise 4: at most 2 tensors of the stream's size per anchor and branch, and none when TAP is off."""
+    case, model = CASES[name], build(name)
+    entered: list[int] = []
+
+    def enter(block: nn.Module, args: Any, kwargs: Any) -> None:
+        arguments = named(block, args, kwargs)
+        entered.append(sum(arguments[s.argument].nbytes for s in SPECS[name].streams))
+
+    handle = blocks_of(name, model)[0].register_forward_pre_hook(enter, with_kwargs=True)
+    evaluate(model, case, start(case), 1.0, Conditions(0, 1, torch.float32))
+    handle.remove()
+    tap.enable(model, CONFIG)
+    denoise(model, case, branches=(1, 2))
+    engine = model._diffusers_hook.get_hook("tap_diffusion").engine
+    # Beside these, inner products of a few numbers per token, which count where the stream is as narrow as here.
+    tokens = sum(choice.index.numel() for choice in tap.report(model).choices if choice.step == CONFIG.warmup)
+    allowed = 2 * 2 * CONFIG.anchors * entered[0] + tokens * CONFIG.anchors**2 * 4
+    assert 0 < tap.report(model).cache_bytes <= allowed
+    tap.disable(model)
+    assert engine.cache_bytes == 0
