@@ -16,7 +16,8 @@ from tap_diffusion.integrations.models import SPECS
 from tap_diffusion.schedule import full_steps
 from zoo import CASES, Conditions, build, denoise, evaluate, start
 
-CONFIG = tap.TAPConfig(interval=4, horizon_span=1)
+# Fewer warm-up steps than anchors, so that anchors of another trajectory would have a say.
+CONFIG = tap.TAPConfig(interval=4, warmup=2, horizon_span=1)
 REUSE = tap.TAPConfig(interval=2, warmup=1, orders=(0,), horizon_span=0)
 
 
