@@ -130,9 +130,7 @@ class Engine:
         history.add(call.step, residual, probe)
         self._doubts.pop(call.branch, None)
 
-    def predict(
-        self, call: Call, hidden_states: Tensor, probe: Callable[[], Tensor], stream: str = ""
-    ) -> Tensor:
+    def predict(self, call: Call, hidden_states: Tensor, probe: Callable[[], Tensor], stream: str = "") -> Tensor:
         """The hidden states after the last block, predicted (paper, token-adaptive selection).
 
         Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
@@ -74,6 +74,18 @@ class Report:
     fallbacks: Counter[str] = field(default_factory=Counter)
     choices: list[Choice] = field(default_factory=list)
     calls: list[tuple[int, bool, Callable[[], float]]] = field(default_factory=list, repr=False)
+
+    @classmethod
+    def joined(cls, reports: Sequence[Report]) -> Report:
+        """One report of several transformers' trajectories, their steps one after the other."""
+        joined = cls(trajectories=max(report.trajectories for report in reports))
+        for report in reports:
+            offset = joined.steps
+            joined.calls += [(offset + step, full, milliseconds) for step, full, milliseconds in report.calls]
+            joined.choices += [replace(choice, step=offset + choice.step) for choice in report.choices]
+            joined.fallbacks += report.fallbacks
+            joined.cache_bytes += report.cache_bytes
+        return joined
 
     @property
     def steps(self) -> int:

@@ -89,8 +89,12 @@ class StepTracker:
             or (not advances and known is not None and known.position == position)
             # Without a scheduler, another conditioning is the only sign that an interrupted run was followed by one
             # that starts lower. Where it is another one at each call, it is no sign.
-            or (timesteps is None and advances and (known is None or known.conditioning() is not conditioning)
-                and self._strangers <= _STRANGERS)
+            or (
+                timesteps is None
+                and advances
+                and (known is None or known.conditioning() is not conditioning)
+                and self._strangers <= _STRANGERS
+            )
         ):
             self.reset()
             name = branch if branch is not None else "#0"
@@ -99,6 +103,10 @@ class StepTracker:
         self._timesteps, self._position = timesteps, position
         self._branches[name] = _Branch(_weak(conditioning), position)
         return Call(self._step, name, self._step == 0 and len(self._branches) == 1, is_last)
+
+    def has_stopped_before(self, other: StepTracker) -> bool:
+        """Whether the other transformer of the same run has gone on for more than a step without this one."""
+        return self._timesteps is other._timesteps and self._position > other._position + 1
 
     def _calls_at(self, position: float) -> int:
         return sum(branch.position == position for branch in self._branches.values())

@@ -39,9 +39,7 @@ class Conditions:
 
     def __call__(self, *shape: int) -> Tensor:
         """Normal, (batch, *shape)."""
-        tensor: Tensor = self._keep(
-            lambda: torch.randn(self.batch, *shape, generator=self._generator).to(self.dtype)
-        )
+        tensor: Tensor = self._keep(lambda: torch.randn(self.batch, *shape, generator=self._generator).to(self.dtype))
         return tensor
 
     def integers(self, high: int, *shape: int) -> Tensor:

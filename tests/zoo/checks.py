@@ -157,7 +157,9 @@ def _observed_stream(name: str, model: nn.Module) -> Iterator[tuple[dict[str, Te
         if stream.head is None:
 
             def after(_: nn.Module, args: Any, output: Any, argument: str = stream.argument) -> None:
-                outputs = {argument: output} if isinstance(output, Tensor) else dict(zip(spec.outputs, output))
+                outputs = (
+                    {argument: output} if isinstance(output, Tensor) else dict(zip(spec.outputs, output, strict=False))
+                )
                 left[argument] = outputs[argument].clone()
 
             handles.append(blocks_of(name, model)[-1].register_forward_hook(after))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,29 +13,46 @@ from torch import nn
 
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.errors import UnsupportedModelError
-from tap_diffusion.integrations.depth import Depth
+from tap_diffusion.integrations.depth import Depth, parameters
 from tap_diffusion.integrations.hook import TAPHook
-from tap_diffusion.integrations.models import SPECS, TransformerSpec
+from tap_diffusion.integrations.models import REFUSED, SPECS, Stream, TransformerSpec
 from tap_diffusion.reporting import Report
 
 _NAME = "tap_diffusion"
 
 
-def apply_tap(module: nn.Module, config: TAPConfig | None = None) -> None:
+def apply_tap(
+    module: nn.Module,
+    config: TAPConfig | None = None,
+    *,
+    blocks: str | Sequence[str] | None = None,
+    probe: str | None = None,
+    spec: TransformerSpec | None = None,
+) -> None:
     """Accelerate a transformer, in the manner of diffusers' ``apply_*`` hooks.
 
     Applying TAP again replaces the configuration. Whatever pipelines use the transformer are accelerated; tell
     TAP of each one by :func:`enable` on the pipeline, for the reasons given there.
 
+    A class of diffusers is known, see :data:`SPECS`. Of any other module say where its blocks are, as long as they
+    run one after the other and each takes and returns the stream of tokens, (B, N, D), as first argument and only
+    result; the rest is found by itself. For anything else write a spec.
+
     Args:
-        module: a transformer of a supported class, see :data:`SPECS`.
+        module: the transformer.
         config: defaults to ``TAPConfig()``.
+        blocks: names of the lists of blocks, in the order in which they run.
+        probe: child of the first block whose input is the probe; by default the first that looks like attention.
+        spec: tells everything, instead of ``blocks`` and ``probe``.
 
     Raises:
-        UnsupportedModelError: the class is not supported, or has no blocks.
+        UnsupportedModelError: the class is not known and no blocks are named, or it can't be accelerated.
         ValueError: another cache of diffusers is enabled on it.
     """
-    spec = _spec(module)
+    module = _uncompiled(module)
+    if spec is None:
+        spec = _spec(module) if blocks is None else _inferred_spec(module, blocks, probe)
+    Depth(module, spec)  # raises where this one lacks what its class should have
     if getattr(module, "is_cache_enabled", False):
         raise ValueError(
             f"{type(module).__name__} already uses diffusers' {type(module._cache_config).__name__};"
@@ -56,6 +73,8 @@ def enable(target: DiffusionPipeline | nn.Module, config: TAPConfig | None = Non
     can tell a new run too, as long as that starts higher than the last one stopped or has other prompt embeddings,
     but it keeps the cache until the next run or :func:`disable`, and on a GPU it waits for the timestep.
 
+    All transformers of a pipeline are accelerated, each with a cache and warm-up of its own (Wan 2.2 has two).
+
     Args:
         target: the pipeline or the transformer.
         config: defaults to ``TAPConfig()``, the recommended settings.
@@ -63,22 +82,27 @@ def enable(target: DiffusionPipeline | nn.Module, config: TAPConfig | None = Non
     Raises:
         UnsupportedModelError: the message names the class and the reason.
     """
-    transformer = _transformer(target)
-    apply_tap(transformer, config)
-    if target is not transformer:
+    transformers = _transformers(target)
+    for transformer in transformers:
+        _spec(transformer)  # all or none
+    for transformer in transformers:
+        apply_tap(transformer, config)
+    if not isinstance(target, nn.Module):
         pipeline = weakref.ref(target)
-        hook = _hook(transformer)
-        assert hook is not None
-        hook.tracker.schedulers.append(lambda: getattr(pipeline(), "scheduler", None))
+        hooks = [_hook(transformer) for transformer in transformers]
+        for hook in hooks:
+            assert hook is not None
+            hook.tracker.schedulers.append(lambda: getattr(pipeline(), "scheduler", None))
+            hook.peers = [other for other in hooks if other is not None and other is not hook]
 
 
 def disable(target: DiffusionPipeline | nn.Module) -> None:
     """Undo :func:`enable` without a trace. Does nothing where TAP is not enabled."""
-    transformer = _transformer(target)
-    hook = _hook(transformer)
-    if hook is not None:
-        hook.engine.finish()
-        _remove(transformer)
+    for transformer in _transformers(target):
+        hook = _hook(transformer)
+        if hook is not None:
+            hook.engine.finish()
+            _remove(transformer)
 
 
 @contextmanager
@@ -92,20 +116,29 @@ def enabled(target: DiffusionPipeline | nn.Module, config: TAPConfig | None = No
 
 
 def report(target: DiffusionPipeline | nn.Module) -> Report:
-    """What the current or last trajectory did. Raises ValueError where TAP is not enabled."""
-    transformer = _transformer(target)
-    hook = _hook(transformer)
-    if hook is None:
+    """What the current or last trajectory did. Raises ValueError where TAP is not enabled.
+
+    With several transformers their steps are listed one transformer after the other.
+    """
+    hooks = [_hook(transformer) for transformer in _transformers(target)]
+    reports = [hook.engine.report for hook in hooks if hook is not None]
+    if not reports:
         raise ValueError(f"TAP is not enabled on this {type(target).__name__}; call tap.enable(...) first")
-    return hook.engine.report
+    return reports[0] if len(reports) == 1 else Report.joined(reports)
 
 
-def _transformer(target: DiffusionPipeline | nn.Module) -> nn.Module:
+def _transformers(target: DiffusionPipeline | nn.Module) -> list[nn.Module]:
+    """The transformers that denoise."""
     if isinstance(target, nn.Module):
-        return target
+        return [_uncompiled(target)]
+    components = getattr(target, "components", {})
+    found = [_uncompiled(part) for part in components.values() if isinstance(part, nn.Module)]
+    known = [part for part in found if type(part).__name__ in SPECS]
+    if known:
+        return known
     transformer = getattr(target, "transformer", None)
     if isinstance(transformer, nn.Module):
-        return transformer
+        return [_uncompiled(transformer)]
     if getattr(target, "unet", None) is not None:
         raise UnsupportedModelError(
             f"{type(target).__name__} has a UNet; TAP needs a transformer, whose blocks share one residual stream"
@@ -113,13 +146,46 @@ def _transformer(target: DiffusionPipeline | nn.Module) -> nn.Module:
     raise UnsupportedModelError(f"{type(target).__name__} has no transformer that TAP could accelerate")
 
 
+def _uncompiled(module: nn.Module) -> nn.Module:
+    """What torch.compile wraps."""
+    original = getattr(module, "_orig_mod", module)
+    assert isinstance(original, nn.Module)
+    return original
+
+
 def _spec(module: nn.Module) -> TransformerSpec:
     name = type(module).__name__
+    if name in REFUSED:
+        raise UnsupportedModelError(f"{name} can't be accelerated: {REFUSED[name]}")
     if name not in SPECS:
-        raise UnsupportedModelError(f"{name} is not supported yet; supported are {', '.join(SPECS)}")
-    spec = SPECS[name]
-    Depth(module, spec)  # raises where this one lacks what its class should have
-    return spec
+        raise UnsupportedModelError(
+            f"{name} is not known to TAP (`tap models` lists what is). If its blocks run one after the other,"
+            " name them: tap.apply_tap(module, config, blocks=...)"
+        )
+    return SPECS[name]
+
+
+def _inferred_spec(module: nn.Module, blocks: str | Sequence[str], probe: str | None) -> TransformerSpec:
+    names = (blocks,) if isinstance(blocks, str) else tuple(blocks)
+    title = type(module).__name__
+    for name in names:
+        if not isinstance(getattr(module, name, None), nn.ModuleList):
+            raise UnsupportedModelError(f"{title} has no nn.ModuleList named {name!r}")
+    first = next(iter(getattr(module, names[0])), None)
+    if first is None:
+        raise UnsupportedModelError(f"{names[0]} of this {title} is empty")
+    known = parameters(type(module).forward)
+    times = [name for name in ("timestep", "timesteps", "t", "sigma") if name in known]
+    if not times:
+        raise UnsupportedModelError(f"{title}.forward has no argument that tells the time; pass a spec that names it")
+    conditions = [name for name in ("encoder_hidden_states", "y", "context", "class_labels") if name in known]
+    return TransformerSpec(
+        blocks=names,
+        streams=(Stream(parameters(type(first).forward)[0]),),
+        attention=probe,
+        timestep=times[0],
+        conditioning=conditions[0] if conditions else "",
+    )
 
 
 def _hook(module: nn.Module) -> TAPHook | None:

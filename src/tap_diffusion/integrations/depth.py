@@ -115,7 +115,8 @@ class Depth:
         The block's own code runs, uncompiled, up to that place and no further.
         """
         norm = self.spec.modulated_norm
-        children = [self.first.get_submodule(norm)] if norm else _attentions(self.first)
+        place = norm or self.spec.attention
+        children = [self.first.get_submodule(place)] if place else _attentions(self.first)
 
         def at_attention(_: nn.Module, args: Any, kwargs: Any) -> None:
             raise _Reached(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
@@ -187,7 +188,7 @@ class Depth:
         def run(*args: Any, **kwargs: Any) -> Any:
             if args:
                 return head(self._left(stream, args[0]), *args[1:], **kwargs)
-            name = _parameters(type(head).forward)[0]
+            name = parameters(type(head).forward)[0]
             return head(**kwargs | {name: self._left(stream, kwargs[name])})
 
         return Guise(head, run)
@@ -240,9 +241,10 @@ def _pass_through(block: nn.Module, outputs: tuple[str, ...]) -> Callable[..., A
 
 def named(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     """A module's arguments by name, however its caller passes them."""
-    return dict(zip(_parameters(type(module).forward), args, strict=False)) | kwargs
+    return dict(zip(parameters(type(module).forward), args, strict=False)) | kwargs
 
 
 @cache
-def _parameters(method: Callable[..., Any]) -> list[str]:
+def parameters(method: Callable[..., Any]) -> list[str]:
+    """Names of a method's parameters, without self."""
     return list(inspect.signature(method).parameters)[1:]

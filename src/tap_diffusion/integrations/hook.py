@@ -33,6 +33,7 @@ class TAPHook(ModelHook):
         self.tracker = StepTracker()
         self._context = StateManager(BaseState)
         self._depth: Depth | None = None
+        self.peers: list[TAPHook] = []  # of the pipeline's other transformers
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Stand in for the transformer's forward."""
@@ -54,8 +55,13 @@ class TAPHook(ModelHook):
             if full:
                 output = self._run_in_full(self._depth, call, args, kwargs)
             self.engine.end(call, full, stop())
+            if call.is_last_step:
+                for peer in self.peers:
+                    if peer.tracker.has_stopped_before(self.tracker):
+                        peer.engine.finish()
         except BaseException:  # an interrupt as well: nothing of a broken trajectory may reach the next
-            self.reset_state(module)
+            for hook in (self, *self.peers):
+                hook.reset_state(module)
             raise
         return output
 
@@ -64,6 +70,13 @@ class TAPHook(ModelHook):
             return self._context.context.name
         except ValueError:  # the pipeline set none
             return None
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        # diffusers' patched forward would go on calling the original module.
+        raise RuntimeError("a model can't be copied while TAP is enabled on it; call tap.disable(...) first")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RuntimeError("a model can't be pickled while TAP is enabled on it; call tap.disable(...) first")
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Forget the current trajectory."""

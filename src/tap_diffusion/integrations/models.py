@@ -31,7 +31,8 @@ class TransformerSpec:
         bypassed: lists of blocks that run beside these, such as a control branch. On predicted steps one block that
             returns these of its arguments takes the place of all.
         modulated_norm: child of the first block whose (first) output is the modulated input; None: what enters the
-            first attention.
+            attention is.
+        attention: this child of the first block; None: the first to run whose name or class says attention.
         probe: False where what enters the attention can't be compared token by token with the stream: the change by
             the whole first block is the probe then, whatever the configuration says.
         tokens_first: the stream is (N, B, D).
@@ -46,6 +47,7 @@ class TransformerSpec:
     outputs: tuple[str, ...] = ()
     bypassed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     modulated_norm: str | None = None
+    attention: str | None = None
     probe: bool = True
     tokens_first: bool = False
     timestep: str = "timestep"
