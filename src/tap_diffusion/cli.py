@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from enum import StrEnum
@@ -121,6 +122,32 @@ def generate(
         raise typer.Exit(2) from None
     console.print(_table(result))
     console.print(f"{len(wanted)} pictures, {', '.join(written)} in {out}", highlight=False)
+
+
+@app.command()
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/models.md.")] = False,
+) -> None:
+    """List the transformer classes of diffusers: which work, and why the others don't."""
+    with Console(stderr=True).status("reading diffusers"):
+        from tap_diffusion.integrations import catalog
+
+        entries = catalog.catalog()
+    if as_json:
+        typer.echo(json.dumps([entry.to_dict() for entry in entries], indent=2))
+    elif as_markdown:
+        typer.echo(catalog.as_markdown(entries), nl=False)
+    else:
+        table = Table("class", "status", "probe", "stream", "used by; or why not")
+        table.columns[0].no_wrap = True
+        for entry in entries:
+            more = f" and {len(entry.pipelines) - 1} more" if len(entry.pipelines) > 1 else ""
+            about = (entry.pipelines[0] + more if entry.pipelines else "") if entry.status == "works" else entry.note
+            colour = "green" if entry.status == "works" else "red"
+            table.add_row(entry.name, f"[{colour}]{entry.status}[/]", entry.probe, entry.stream, about)
+        console.print(table)
+        console.print(f"{sum(entry.status == 'works' for entry in entries)} of {len(entries)} work")
 
 
 def _prompts(given: list[str], file: Path | None) -> list[str]:

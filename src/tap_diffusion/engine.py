@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tap_diffusion.cache import History
+from tap_diffusion.compiling import uncompiled
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.errors import TAPWarning
 from tap_diffusion.predictors import Candidate, candidates, difference_matrix
@@ -51,6 +52,7 @@ class Engine:
         self._doubts.clear()
         self._may_have_ended = False
 
+    @uncompiled
     def begin(self, call: Call) -> bool:
         """Take note of a call; return whether it is to be a full one."""
         if call.starts_trajectory:
@@ -66,6 +68,7 @@ class Engine:
             return True
         return False
 
+    @uncompiled
     def end(self, call: Call, full: bool, milliseconds: Callable[[], float]) -> None:
         """Take note that a call has run; free its branch after the last step."""
         self.report.calls.append((call.step, full, milliseconds))

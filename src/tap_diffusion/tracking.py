@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
+from tap_diffusion.compiling import uncompiled
+
 _STRANGERS = 8  # more than a trajectory's first step can have branches
 
 
@@ -63,6 +65,7 @@ class StepTracker:
         self._step = -1
         self._branches: dict[str, _Branch] = {}
 
+    @uncompiled
     def locate(self, timestep: Any, branch: str | None, conditioning: Any, rising: bool = False) -> Call:
         """Place a call.
 

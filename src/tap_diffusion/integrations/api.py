@@ -174,6 +174,8 @@ def _inferred_spec(module: nn.Module, blocks: str | Sequence[str], probe: str | 
     first = next(iter(getattr(module, names[0])), None)
     if first is None:
         raise UnsupportedModelError(f"{names[0]} of this {title} is empty")
+    if probe is not None and not hasattr(first, probe):
+        raise UnsupportedModelError(f"the first block of this {title} has no child named {probe!r}")
     known = parameters(type(module).forward)
     times = [name for name in ("timestep", "timesteps", "t", "sigma") if name in known]
     if not times:

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tap_diffusion.compiling import uncompiled
 from tap_diffusion.errors import UnsupportedModelError
 from tap_diffusion.integrations.models import TransformerSpec
 
@@ -54,7 +55,7 @@ class Depth:
                 f"this {type(module).__name__} has no {spec.blocks[0]}, the first of which is TAP's probe"
             )
         self.first: nn.Module = blocks[0]
-        self._entered: Callable[[dict[str, Any], Callable[[], Any]], Any]
+        self._entered: Callable[[dict[str, Any], Any], Any]
         self._left: Callable[[str, Tensor], Tensor]
         self._full = self._guises(full=True)
         self._predicted = self._guises(full=False)
@@ -73,16 +74,11 @@ class Depth:
         """A full step. ``enter`` gets the first block's arguments by name, and its output; ``leave`` gets each stream,
         by name, as it leaves the last block or enters the head."""
 
-        def entered(arguments: dict[str, Any], run: Callable[[], Any]) -> Any:
-            output = run()
-            enter(arguments, output)
-            return output
-
         def left(stream: str, value: Tensor) -> Tensor:
             leave(stream, value)
             return value
 
-        with self._exchanged(self._full, entered, left):
+        with self._exchanged(self._full, enter, left):
             yield
 
     @contextmanager
@@ -90,7 +86,7 @@ class Depth:
         """A predicted step: ``predict`` gets the first block's arguments by name and returns what enters the head."""
         predicted: Streams = {}
 
-        def entered(arguments: dict[str, Any], run: Callable[[], Any]) -> Any:
+        def entered(arguments: dict[str, Any], _: Any) -> Any:
             predicted.update(predict(arguments))
             return self._as_output({**arguments, **predicted} if self.spec.leaves_by_block else arguments)
 
@@ -149,7 +145,12 @@ class Depth:
         lists = {name: list(self._get(name)) for name in spec.blocks}
 
         def first(*args: Any, **kwargs: Any) -> Any:
-            return self._entered(named(self.first, args, kwargs), lambda: self.first(*args, **kwargs))
+            output = self.first(*args, **kwargs)
+            self._on_enter(args, kwargs, output)
+            return output
+
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            return self._on_enter(args, kwargs)
 
         if full:
             if spec.leaves_by_block:
@@ -158,7 +159,7 @@ class Depth:
             if lists[spec.blocks[0]][0] is self.first:
                 lists[spec.blocks[0]][0] = Guise(self.first, first)
         else:
-            lists = {name: [] for name in spec.blocks} | {spec.blocks[0]: [Guise(self.first, first)]}
+            lists = {name: [] for name in spec.blocks} | {spec.blocks[0]: [Guise(self.first, stand_in)]}
             for name, outputs in spec.bypassed.items():
                 block = self._get(name)[0]
                 lists[name] = [Guise(block, _pass_through(block, outputs))]
@@ -179,7 +180,7 @@ class Depth:
         def last(*args: Any, **kwargs: Any) -> Any:
             output = run(*args, **kwargs)
             for stream, value in self.streams_of(output).items():
-                self._left(stream, value)
+                self._on_leave(stream, value)
             return output
 
         return Guise(block, last)
@@ -187,11 +188,21 @@ class Depth:
     def _head(self, stream: str, head: nn.Module) -> nn.Module:
         def run(*args: Any, **kwargs: Any) -> Any:
             if args:
-                return head(self._left(stream, args[0]), *args[1:], **kwargs)
+                return head(self._on_leave(stream, args[0]), *args[1:], **kwargs)
             name = parameters(type(head).forward)[0]
-            return head(**kwargs | {name: self._left(stream, kwargs[name])})
+            return head(**kwargs | {name: self._on_leave(stream, kwargs[name])})
 
         return Guise(head, run)
+
+    # Under torch.compile, the model's code is compiled and these are not: they never look the same twice.
+
+    @uncompiled
+    def _on_enter(self, args: Any, kwargs: Any, output: Any = None) -> Any:
+        return self._entered(named(self.first, args, kwargs), output)
+
+    @uncompiled
+    def _on_leave(self, stream: str, value: Tensor) -> Tensor:
+        return self._left(stream, value)
 
     @contextmanager
     def _exchanged(self, places: dict[str, nn.Module], entered: Any, left: Any) -> Iterator[None]:

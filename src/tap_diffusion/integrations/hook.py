@@ -8,6 +8,7 @@ import torch
 from diffusers.hooks.hooks import BaseState, ModelHook, StateManager
 from torch import Tensor, nn
 
+from tap_diffusion.compiling import uncompiled_itself
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.engine import Engine, Fallback
 from tap_diffusion.integrations.depth import Depth, Streams, named
@@ -35,6 +36,7 @@ class TAPHook(ModelHook):
         self._depth: Depth | None = None
         self.peers: list[TAPHook] = []  # of the pipeline's other transformers
 
+    @uncompiled_itself
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Stand in for the transformer's forward."""
         arguments = named(module, args, kwargs)

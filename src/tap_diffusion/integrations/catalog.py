@@ -1,0 +1,102 @@
+"""The table of models: every transformer class that diffusers exports, and what TAP does with it."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import diffusers
+
+from tap_diffusion.integrations.models import REFUSED, SPECS
+
+_CLASS_NAME = re.compile(r"(?!.*ControlNet)\w*(Transformer|DiT)\w*?(Model|Transformer)|\w+Transformer")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One class.
+
+    Attributes:
+        pipelines: classes of diffusers that take it as a component.
+        status: "works", "refused", or "unknown" for classes of a newer diffusers.
+        probe: what the proxy loss compares.
+        stream: the first block's argument that is predicted.
+        note: the reason of a refusal, or what else to know.
+    """
+
+    name: str
+    pipelines: tuple[str, ...]
+    status: str
+    probe: str = ""
+    stream: str = ""
+    note: str = ""
+
+    def to_dict(self) -> dict[str, object]:
+        """As JSON takes it."""
+        return asdict(self) | {"pipelines": list(self.pipelines)}
+
+
+def catalog() -> list[Entry]:
+    """All entries, by name. Reads diffusers' source, but imports none of its models."""
+    pipelines = _pipelines_by_component()
+    names = {name for name in dir(diffusers) if _CLASS_NAME.fullmatch(name)} | {*SPECS, *REFUSED}
+    return [_entry(name, tuple(sorted(pipelines[name]))) for name in sorted(names)]
+
+
+def _entry(name: str, pipelines: tuple[str, ...]) -> Entry:
+    if name in SPECS:
+        spec = SPECS[name]
+        probe = "modulated input" if spec.probe else "first block"
+        return Entry(name, pipelines, "works", probe, ", ".join(s.argument for s in spec.streams), spec.note)
+    return Entry(name, pipelines, "refused" if name in REFUSED else "unknown", note=REFUSED.get(name, ""))
+
+
+def _pipelines_by_component() -> dict[str, set[str]]:
+    """Pipeline classes by the class names in the annotations of their constructors."""
+    found: defaultdict[str, set[str]] = defaultdict(set)
+    for file in sorted((Path(diffusers.__file__).parent / "pipelines").rglob("pipeline_*.py")):
+        for pipeline, annotation in _annotations(ast.parse(file.read_text(encoding="utf-8"))):
+            for node in ast.walk(annotation):
+                if isinstance(node, ast.Name):
+                    found[node.id].add(pipeline)
+    return found
+
+
+def _annotations(module: ast.Module) -> Iterator[tuple[str, ast.expr]]:
+    for node in module.body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for method in node.body:
+            if isinstance(method, ast.FunctionDef) and method.name == "__init__":
+                for argument in method.args.args:
+                    if argument.annotation is not None:
+                        yield node.name, argument.annotation
+
+
+def as_markdown(entries: list[Entry]) -> str:
+    """The page docs/models.md."""
+    works = [entry for entry in entries if entry.status == "works"]
+    others = [entry for entry in entries if entry.status != "works"]
+    lines = [
+        "# Models",
+        "",
+        f"Made by `tap models --markdown`. {len(works)} transformer classes of diffusers work, each backed by the",
+        "conformance suite (`tests/test_conformance.py`); the rest raise `UnsupportedModelError` with the reason.",
+        "",
+        "| class | pipelines | probe | stream | to know |",
+        "| --- | --- | --- | --- | --- |",
+        *(f"| {e.name} | {_list(e.pipelines)} | {e.probe} | `{e.stream}` | {e.note} |" for e in works),
+        "",
+        "| not accelerated | reason |",
+        "| --- | --- |",
+        *(f"| {entry.name} | {entry.note or 'not known'} |" for entry in others),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _list(pipelines: tuple[str, ...]) -> str:
+    return ", ".join(name.removesuffix("Pipeline") for name in pipelines)

@@ -1,0 +1,138 @@
+"""What is supported, what is refused, and modules from outside diffusers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import tap_diffusion as tap
+from tap_diffusion.cli import app
+from tap_diffusion.integrations import catalog
+from tap_diffusion.integrations.models import REFUSED, SPECS
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+class TestCatalog:
+    def test_every_class_of_diffusers_has_a_verdict(self) -> None:
+        unknown = [entry.name for entry in catalog.catalog() if entry.status == "unknown"]
+        assert not unknown
+
+    def test_at_least_sixty_work(self) -> None:
+        result = CliRunner().invoke(app, ["models", "--json"])
+        assert result.exit_code == 0
+        entries = json.loads(result.stdout)
+        assert sum(entry["status"] == "works" for entry in entries) >= 60
+        assert all(entry["note"] for entry in entries if entry["status"] == "refused")
+
+    def test_pipelines_are_found(self) -> None:
+        entries = {entry.name: entry for entry in catalog.catalog()}
+        assert {"FluxPipeline", "FluxFillPipeline"} <= set(entries["FluxTransformer2DModel"].pipelines)
+        assert "WanPipeline" in entries["WanTransformer3DModel"].pipelines
+
+    def test_the_page_is_up_to_date(self) -> None:
+        page = (DOCS / "models.md").read_text(encoding="utf-8")
+        assert page == catalog.as_markdown(catalog.catalog()), "run: tap models --markdown > docs/models.md"
+
+
+def test_no_class_is_both_supported_and_refused() -> None:
+    assert not SPECS.keys() & REFUSED.keys()
+    assert all(hasattr(diffusers, name) for name in [*SPECS, *REFUSED])
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_refusals_tell_the_reason(name: str) -> None:
+    module = getattr(diffusers, name).__new__(getattr(diffusers, name))
+    nn.Module.__init__(module)
+    with pytest.raises(tap.UnsupportedModelError) as raised:
+        tap.enable(module)
+    assert name in str(raised.value)
+    assert REFUSED[name] in str(raised.value)
+
+
+# ---------------------------------------------------------------------------- a DiT in the manner of facebook's, ours
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = (nn.LayerNorm(width, elementwise_affine=False) for _ in range(2))
+        self.attn = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)
+        h = self.norm1(x) * (1 + scale1) + shift1
+        x = x + gate1 * self.attn(h, h, h, need_weights=False)[0]
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class DiT(nn.Module):
+    def __init__(self, width: int = 32, depth: int = 4) -> None:
+        super().__init__()
+        self.embed, self.time, self.label = nn.Linear(4, width), nn.Linear(1, width), nn.Embedding(10, width)
+        self.blocks = nn.ModuleList([Block(width) for _ in range(depth)])
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        c = self.time(t[:, None]) + self.label(y)
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x, c)
+        head: Tensor = self.head(x)
+        return head
+
+
+class TestModuleOutsideDiffusers:
+    CONFIG = tap.TAPConfig(interval=4)
+
+    @pytest.fixture
+    def dit(self) -> DiT:
+        torch.manual_seed(0)
+        return DiT().eval().requires_grad_(False)
+
+    def sample(self, dit: DiT, steps: int = 20) -> Tensor:
+        x = torch.randn(2, 16, 4, generator=torch.Generator().manual_seed(0))
+        y = torch.tensor([1, 7])
+        for step in range(steps):
+            x = x - dit(x, torch.full((2,), 1 - step / steps), y) / steps
+        return x
+
+    @pytest.mark.parametrize("probe", [None, "attn", "mlp"])
+    def test_blocks_by_name(self, dit: DiT, probe: str | None) -> None:
+        plain, calls = self.sample(dit), [0]
+
+        def count(*_: Any) -> None:
+            calls[0] += 1
+
+        dit.blocks[2].register_forward_hook(count)
+        tap.apply_tap(dit, self.CONFIG, blocks="blocks", probe=probe)
+        accelerated = self.sample(dit)
+        report = tap.report(dit)
+        assert calls[0] == report.full_steps == 3 + len(range(6, 20, 4))
+        assert report.predicted_steps == 20 - report.full_steps
+        assert 0 < (accelerated - plain).norm() / plain.norm() < 0.05
+        assert torch.equal(self.sample(dit), accelerated)
+        tap.disable(dit)
+        assert torch.equal(self.sample(dit), plain)
+
+    def test_what_does_not_fit_is_named(self, dit: DiT) -> None:
+        with pytest.raises(tap.UnsupportedModelError, match=r"DiT is not known to TAP.*blocks="):
+            tap.enable(dit)
+        with pytest.raises(tap.UnsupportedModelError, match="no nn.ModuleList named 'layers'"):
+            tap.apply_tap(dit, blocks="layers")
+        with pytest.raises(tap.UnsupportedModelError, match="no child named 'attention'"):
+            tap.apply_tap(dit, blocks="blocks", probe="attention")
+        dit.blocks = nn.ModuleList()
+        with pytest.raises(tap.UnsupportedModelError, match="empty"):
+            tap.apply_tap(dit, blocks="blocks")
+        with pytest.raises(tap.UnsupportedModelError, match="tells the time"):
+            tap.apply_tap(nn.Sequential(nn.ModuleList([nn.Linear(1, 1)])), blocks="0")

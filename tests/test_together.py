@@ -1,0 +1,275 @@
+"""TAP beside what users combine it with, on two families each."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers.hooks import apply_group_offloading
+from torch import Tensor
+
+import tap_diffusion as tap
+import zoo.paper  # noqa: F401 (registers its cases)
+from zoo import CASES, Conditions, build, denoise, evaluate, start
+from zoo.checks import CONFIG
+
+pytestmark = pytest.mark.slow
+FAMILIES = pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel"])
+
+
+def accelerated(name: str) -> Tensor:
+    model = build(name)
+    with tap.enabled(model, CONFIG):
+        return denoise(model, CASES[name])[0]
+
+
+@FAMILIES
+@pytest.mark.parametrize(
+    ("how", "enabled_first"),
+    [("compile_repeated_blocks", False), ("compile_repeated_blocks", True), ("torch.compile", False), ("compile", True)],
+)
+def test_compiled(name: str, how: str, enabled_first: bool) -> None:
+    """The same result, and nothing is compiled again after the first run, nor for another trajectory."""
+    expected = accelerated(name)
+    torch._dynamo.reset()
+    model = build(name)
+    if enabled_first:
+        tap.enable(model, CONFIG)
+    if how == "torch.compile":
+        compiled = torch.compile(model, backend="eager")
+    else:
+        compiled = model
+        getattr(model, how)(backend="eager")
+    if not enabled_first:
+        tap.enable(compiled, CONFIG)
+    torch._dynamo.utils.counters.clear()
+    graphs = torch._dynamo.utils.counters["stats"]
+    denoise(compiled, CASES[name])
+    assert tap.report(compiled).predicted_steps > 0
+    after_one = graphs["unique_graphs"]
+    assert 0 < after_one < 16
+    for _ in range(2):
+        torch.testing.assert_close(denoise(compiled, CASES[name])[0], expected, rtol=1e-4, atol=1e-5)
+    assert graphs["unique_graphs"] == after_one
+    tap.disable(compiled)
+    torch.testing.assert_close(denoise(model, CASES[name])[0], denoise(build(name), CASES[name])[0])
+
+
+@FAMILIES
+@pytest.mark.parametrize("level", ["block_level", "leaf_level"])
+@pytest.mark.parametrize("enabled_first", [False, True])
+def test_group_offloading(name: str, level: str, enabled_first: bool) -> None:
+    model, expected = build(name), accelerated(name)
+    if enabled_first:
+        tap.enable(model, CONFIG)
+    cpu = torch.device("cpu")
+    apply_group_offloading(
+        model, onload_device=cpu, offload_device=cpu, offload_type=level, num_blocks_per_group=1, use_stream=False
+    )
+    if not enabled_first:
+        tap.enable(model, CONFIG)
+    assert torch.equal(denoise(model, CASES[name])[0], expected)
+    assert tap.report(model).predicted_steps > 0
+
+
+@FAMILIES
+def test_layerwise_casting(name: str) -> None:
+    model = build(name)
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    plain = denoise(model, CASES[name])[0]
+    with tap.enabled(model, CONFIG):
+        first = denoise(model, CASES[name])[0]
+        assert torch.equal(denoise(model, CASES[name])[0], first)
+        assert not torch.equal(first, plain)
+        assert not tap.report(model).fallbacks
+    assert torch.equal(denoise(model, CASES[name])[0], plain)
+
+
+@FAMILIES
+def test_lora_comes_and_goes_while_enabled(name: str) -> None:
+    from peft import LoraConfig
+
+    model, expected = build(name), accelerated(name)
+    tap.enable(model, CONFIG)
+    assert torch.equal(denoise(model, CASES[name])[0], expected)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "proj_out"], init_lora_weights=False))
+    with_lora = denoise(model, CASES[name])[0]
+    assert not torch.equal(with_lora, expected)
+    model.disable_adapters()
+    torch.testing.assert_close(denoise(model, CASES[name])[0], expected)
+    model.enable_adapters()
+    assert torch.equal(denoise(model, CASES[name])[0], with_lora)
+    model.delete_adapters("default")
+    torch.testing.assert_close(denoise(model, CASES[name])[0], expected)
+
+
+@FAMILIES
+def test_attention_backend(name: str) -> None:
+    model, expected = build(name), accelerated(name)
+    tap.enable(model, CONFIG)
+    model.set_attention_backend("_native_math")
+    torch.testing.assert_close(denoise(model, CASES[name])[0], expected, rtol=1e-3, atol=1e-4)
+
+
+@FAMILIES
+def test_gradient_checkpointing(name: str) -> None:
+    model, expected, case = build(name), accelerated(name), CASES[name]
+    model.train()
+    model.enable_gradient_checkpointing()
+    tap.enable(model, CONFIG)
+    z, conditions = start(case), Conditions(100, 1, torch.float32)
+    for step in range(12):
+        t = torch.full((1,), 1 - step / 12)
+        output = model(**case.inputs(z, t, conditions.step()), return_dict=False)[0]
+        z = z - output.detach() / 12
+    torch.testing.assert_close(z, expected)
+
+
+@FAMILIES
+def test_inference_mode(name: str) -> None:
+    model, expected = build(name), accelerated(name)
+    tap.enable(model, CONFIG)
+    with torch.inference_mode():
+        assert torch.equal(denoise(model, CASES[name])[0], expected)
+        denoise(model, CASES[name], stop=6)
+    assert torch.equal(denoise(model, CASES[name])[0], expected)
+
+
+@FAMILIES
+def test_overflow_in_float16(name: str) -> None:
+    """Promise 5: what overflows on a predicted step runs in full instead, and is counted."""
+    model, case = build(name).half(), CASES[name]
+    tap.enable(model, tap.TAPConfig(interval=4, warmup=2, orders=(1,), horizon_span=0))
+    z, conditions = start(case, dtype=torch.float16), Conditions(100, 1, torch.float16)
+    for step in range(4):
+        if step == 3:
+            history = model._diffusers_hook.get_hook("tap_diffusion").engine._histories["#0"]
+            next(iter(history.values())).residual[1].fill_(60000)
+        velocity = evaluate(model, case, z, 1 - step / 12, conditions)
+        assert velocity.isfinite().all()
+    assert tap.report(model).fallbacks == {"non-finite values": 1}
+
+
+@FAMILIES
+def test_copies_are_refused_and_saving_saves_the_plain_model(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    plain = denoise(model, CASES[name])[0]
+    tap.enable(model, CONFIG)
+    with pytest.raises(RuntimeError, match=r"can't be copied while TAP is enabled.*tap.disable"):
+        copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match=r"can't be pickled while TAP is enabled.*tap.disable"):
+        pickle.dumps(model)
+    denoise(model, CASES[name], stop=5)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    torch.testing.assert_close(denoise(loaded, CASES[name])[0], plain)  # diffusers keeps parts of Wan in float32
+    tap.disable(model)
+    assert torch.equal(denoise(copy.deepcopy(model), CASES[name])[0], plain)
+
+
+def test_two_threads_with_two_families() -> None:
+    names = ["FluxTransformer2DModel", "WanTransformer3DModel"]
+    expected = [accelerated(name) for name in names]
+    models = {name: build(name) for name in names}
+    results: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def work(name: str) -> None:
+        model = models[name]
+        with tap.enabled(model, CONFIG):
+            results[name] += [denoise(model, CASES[name])[0] for _ in range(3)]
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, right in zip(names, expected, strict=True):
+        assert len(results[name]) == 3
+        assert all(torch.equal(result, right) for result in results[name])
+
+
+def test_controlnet_in_qwen_image_and_sd3() -> None:
+    """Features added between the blocks are part of the residual: predicted steps must not add them again."""
+    for name, argument in (
+        ("QwenImageTransformer2DModel", "controlnet_block_samples"),
+        ("SD3Transformer2DModel", "block_controlnet_hidden_states"),
+    ):
+        model, case, conditions = build(name), CASES[name], Conditions(0, 1, torch.float32)
+        added = [torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+        tap.enable(model, tap.TAPConfig(interval=2, warmup=1, orders=(0,), horizon_span=0))
+        outputs = []
+        for t in (0.7, 0.7 * (1 - 1e-5)):
+            inputs = case.inputs(start(case), torch.full((1,), t), conditions.step()) | {argument: added}
+            outputs.append(model(**inputs, return_dict=False)[0])
+        assert tap.report(model).predicted_steps == 1
+        assert (outputs[1] - outputs[0]).norm() / outputs[0].norm() < 1e-2
+
+
+class TestWan22:
+    """Two transformers that share one run."""
+
+    @pytest.fixture
+    def pipe(self) -> Any:
+        torch.manual_seed(0)
+        vae = diffusers.AutoencoderKLWan(
+            base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+            latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+        )  # fmt: skip
+        pipe = diffusers.WanPipeline(
+            tokenizer=None,
+            text_encoder=None,
+            vae=vae.eval(),
+            scheduler=diffusers.UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+            ),
+            transformer=build("WanTransformer3DModel"),
+            transformer_2=build("WanTransformer3DModel", ffn_dim=48),
+            boundary_ratio=0.7,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def sample(self, pipe: Any, **more: Any) -> Tensor:
+        result: Tensor = pipe(
+            prompt_embeds=torch.ones(1, 6, 16), negative_prompt_embeds=torch.zeros(1, 6, 16), height=64, width=64,
+            num_frames=5, num_inference_steps=20, output_type="latent", guidance_scale=2.0,
+            generator=torch.Generator().manual_seed(0), **more,
+        ).frames  # fmt: skip
+        return result
+
+    def test_both_are_accelerated_and_freed(self, pipe: Any) -> None:
+        plain = self.sample(pipe)
+        engines = []
+        with tap.enabled(pipe, CONFIG):
+            first = self.sample(pipe)
+            report = tap.report(pipe)
+            for transformer in (pipe.transformer, pipe.transformer_2):
+                engine = transformer._diffusers_hook.get_hook("tap_diffusion").engine
+                assert engine.report.predicted_steps > 0
+                assert engine.cache_bytes == 0
+                engines.append(engine)
+            assert report.steps == 20
+            assert len(report.calls) == 40
+            assert report.predicted_calls == sum(engine.report.predicted_calls for engine in engines)
+            assert torch.equal(self.sample(pipe), first)
+            # An interrupt before and after the switch.
+            for stop in (4, 15):
+                with pytest.raises(KeyboardInterrupt):
+                    self.sample(pipe, callback_on_step_end=interrupt_at(stop))
+                assert torch.equal(self.sample(pipe), first)
+        assert torch.equal(self.sample(pipe), plain)
+
+
+def interrupt_at(step: int) -> Any:
+    def callback(pipe: Any, i: int, t: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if i == step:
+            raise KeyboardInterrupt
+        return kwargs
+
+    return callback
