@@ -138,6 +138,44 @@ def test_a_scheduler_that_does_not_count() -> None:
     assert [call.is_last_step for call in calls] == [False] * 4 + [True]
 
 
+def test_a_scheduler_whose_copies_are_stepped() -> None:
+    """SkyReels-V2's diffusion forcing has one for each frame."""
+    run = Run(steps=50)
+    tracker = knowing(run.scheduler)
+    for _ in range(2):
+        run.scheduler.set_timesteps(50)
+        embeddings = [torch.zeros(1), torch.zeros(1)]
+        calls = [
+            tracker.locate(t.repeat(2, 3), branch, embedding)
+            for t in run.timesteps
+            for branch, embedding in zip(["cond", "uncond"], embeddings, strict=True)
+        ]
+        assert [call.step for call in calls] == [step for step in range(50) for _ in range(2)]
+        assert [call.starts_trajectory for call in calls] == [True] + 99 * [False]
+
+
+def test_a_scheduler_whose_timesteps_rise() -> None:
+    run, other = Run(FlowMatchEulerDiscreteScheduler(invert_sigmas=True)), Run()
+    tracker = knowing(run.scheduler, other.scheduler)
+    calls = []
+    for t in run.timesteps:
+        calls.append(tracker.locate(t.expand(2), "cond_uncond", run.embeddings[0], rising=True))
+        run.scheduler.step(torch.zeros(1, 4), t, torch.zeros(1, 4))
+    assert steps(calls) == FIVE
+    assert [call.is_last_step for call in calls] == [False] * 4 + [True]
+
+
+def test_no_tokens_that_have_a_time() -> None:
+    """Cosmos 3 passes none where only actions or sound are noisy."""
+    run = Run()
+    tracker = knowing(run.scheduler)
+    calls = []
+    for t in run.timesteps:
+        calls.append(tracker.locate(torch.empty(0), "cond", run.embeddings[0]))
+        run.scheduler.step(torch.zeros(1, 4), t, torch.zeros(1, 4))
+    assert steps(calls) == FIVE
+
+
 def test_a_scheduler_that_evaluates_twice_per_step() -> None:
     run = Run(FlowMatchHeunDiscreteScheduler())
     calls = run.calls(knowing(run.scheduler))

@@ -41,6 +41,7 @@ class Call:
 class _Branch:
     conditioning: Callable[[], Any]  # weak: the tracker must not keep embeddings alive
     position: float
+    time: _Time  # read only where the position is in doubt
 
 
 class StepTracker:
@@ -56,6 +57,7 @@ class StepTracker:
         self._guessed = False  # whether it was trusted without agreeing on the time
         self._strangers = 0  # calls in a row with a conditioning never seen before
         self._trusted: Any = None  # the scheduler whose timesteps this trajectory runs through
+        self._idle: Tensor | None = None  # timesteps of a scheduler that nobody steps
         self.reset()
 
     def reset(self) -> None:
@@ -82,7 +84,14 @@ class StepTracker:
             conditioning = conditioning[0] if conditioning else None
         familiar = any(known.conditioning() is conditioning for known in self._branches.values())
         self._strangers = 0 if familiar else self._strangers + 1
-        timesteps, position, is_last = self._read(_Time(timestep, rising), familiar)
+        time = _Time(timestep, rising)
+        timesteps, position, is_last = self._read(time, familiar)
+        known = self._branches.get(branch or "")
+        if timesteps is not None and known is not None and known.position == position and time.is_after(known.time):
+            # Time passes, but not for this scheduler: the pipeline steps copies of it (SkyReels-V2 has one per frame).
+            self._trusted, self._idle = None, timesteps
+            self._go_by_time()
+            timesteps, position, is_last = None, time.position(), None
         advances = position < self._position
         name = branch if branch is not None else f"#{0 if advances else self._calls_at(position)}"
         known = self._branches.get(name)
@@ -104,12 +113,17 @@ class StepTracker:
         if position < self._position:
             self._step += 1
         self._timesteps, self._position = timesteps, position
-        self._branches[name] = _Branch(_weak(conditioning), position)
+        self._branches[name] = _Branch(_weak(conditioning), position, time)
         return Call(self._step, name, self._step == 0 and len(self._branches) == 1, is_last)
 
     def has_stopped_before(self, other: StepTracker) -> bool:
         """Whether the other transformer of the same run has gone on for more than a step without this one."""
         return self._timesteps is other._timesteps and self._position > other._position + 1
+
+    def _go_by_time(self) -> None:
+        for known in self._branches.values():
+            known.position = known.time.position()
+        self._timesteps, self._position = None, min(known.position for known in self._branches.values())
 
     def _calls_at(self, position: float) -> int:
         return sum(branch.position == position for branch in self._branches.values())
@@ -144,7 +158,11 @@ class StepTracker:
 
     def _known(self) -> list[Any]:
         found = [scheduler() for scheduler in self.schedulers]
-        return [scheduler for scheduler in found if isinstance(getattr(scheduler, "timesteps", None), Tensor)]
+        return [
+            scheduler
+            for scheduler in found
+            if isinstance(getattr(scheduler, "timesteps", None), Tensor) and scheduler.timesteps is not self._idle
+        ]
 
 
 class _Time:
@@ -156,17 +174,22 @@ class _Time:
     def __float__(self) -> float:
         if not isinstance(self._value, Tensor):
             return float(self._value)
+        if not self._value.numel():
+            return math.nan  # nothing is noisy (Cosmos 3, where only actions or sound are): the scheduler must tell
         return float(self._value.min() if self._rising else self._value.max())
 
     def position(self) -> float:
         """A number that falls from step to step."""
         return -float(self) if self._rising else float(self)
 
+    def is_after(self, other: _Time) -> bool:
+        return self.position() < other.position()
+
     def is_at(self, timestep: float) -> bool:
         """Whether this is a scheduler's timestep, in thousandths or not, up to rounding to bfloat16."""
         value = float(self)
-        if self._rising:
-            return math.isclose(1 - value, timestep / 1000, rel_tol=1e-2, abs_tol=4e-3)
+        if self._rising and math.isclose(1 - value, timestep / 1000, rel_tol=1e-2, abs_tol=4e-3):
+            return True  # else the scheduler's timesteps may rise as well, as Mochi's do
         return math.isclose(value, timestep, rel_tol=1e-2) or math.isclose(1000 * value, timestep, rel_tol=1e-2)
 
 
