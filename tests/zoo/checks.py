@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import tap_diffusion as tap
 from tap_diffusion.integrations.depth import named
-from tap_diffusion.integrations.models import SPECS
+from tap_diffusion.integrations.models import SPECS, Stream
 from tap_diffusion.schedule import full_steps
 from zoo import CASES, Conditions, build, denoise, evaluate, start
 
@@ -89,12 +89,14 @@ def _stream_into_head(name: str, model: nn.Module, make: Any) -> Iterator[None]:
     handles = [blocks[0].register_forward_pre_hook(enter, with_kwargs=True)]
     for stream in spec.streams:
 
-        def before(head: nn.Module, args: Any, kwargs: Any, argument: str = stream.argument) -> Any:
+        def before(head: nn.Module, args: Any, kwargs: Any, stream: Stream = stream) -> Any:
             key = None if args else next(iter(kwargs))
             value = args[0] if args else kwargs[key]
-            new = make(argument, entered)
+            new = make(stream.argument, entered)
             if new is None:
                 return None
+            if stream.behind_text:
+                new = torch.cat([value[:, : -new.shape[1]], new], dim=1)
             new = new.reshape(value.shape).to(value.dtype)
             return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, key: new})
 
@@ -136,8 +138,11 @@ def check_recomputation(name: str) -> None:
     conditions = Conditions(0, 1, torch.float32)
     with _observed_stream(name, model) as (entered, left):
         evaluate(model, case, z[0], 0.7, conditions)
-        for argument, x in entered.items():
-            residuals[argument] = left[argument].reshape(x.shape) - x
+        for stream in SPECS[name].streams:
+            x, after = entered[stream.argument], left[stream.argument]
+            if stream.behind_text:
+                after = after[:, -x.shape[1] :]
+            residuals[stream.argument] = after.reshape(x.shape) - x
     with _stream_into_head(name, model, lambda argument, entered: entered[argument] + residuals[argument]):
         expected = evaluate(model, case, z[1], 0.6, conditions)
     torch.testing.assert_close(predicted, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

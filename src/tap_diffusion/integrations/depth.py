@@ -15,11 +15,12 @@ from functools import cache
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tap_diffusion.compiling import uncompiled
 from tap_diffusion.errors import UnsupportedModelError
-from tap_diffusion.integrations.models import TransformerSpec
+from tap_diffusion.integrations.models import Stream, TransformerSpec
 
 Streams = dict[str, Tensor]  # by the name of the first block's argument
 
@@ -57,6 +58,7 @@ class Depth:
         self.first: nn.Module = blocks[0]
         self._entered: Callable[[dict[str, Any], Any], Any]
         self._left: Callable[[str, Tensor], Tensor]
+        self._lengths: dict[str, int] = {}  # of the streams behind text, in the current call
         self._full = self._guises(full=True)
         self._predicted = self._guises(full=False)
         self._originals = {place: self._get(place) for place in self._full | self._predicted}
@@ -169,9 +171,9 @@ class Depth:
                 continue
             head = self._get(stream.head)
             if isinstance(head, nn.ModuleDict):
-                places[stream.head] = nn.ModuleDict({k: self._head(stream.argument, m) for k, m in head.items()})
+                places[stream.head] = nn.ModuleDict({k: self._head(stream, m) for k, m in head.items()})
             else:
-                places[stream.head] = self._head(stream.argument, head)
+                places[stream.head] = self._head(stream, head)
         return places
 
     def _last(self, block: nn.Module, first: Callable[..., Any]) -> nn.Module:
@@ -179,13 +181,15 @@ class Depth:
 
         def last(*args: Any, **kwargs: Any) -> Any:
             output = run(*args, **kwargs)
-            for stream, value in self.streams_of(output).items():
-                self._on_leave(stream, value)
+            streams = self.streams_of(output)
+            for stream in self.spec.streams:
+                if stream.head is None:
+                    self._on_leave(stream, streams[stream.argument])
             return output
 
         return Guise(block, last)
 
-    def _head(self, stream: str, head: nn.Module) -> nn.Module:
+    def _head(self, stream: Stream, head: nn.Module) -> nn.Module:
         def run(*args: Any, **kwargs: Any) -> Any:
             if args:
                 return head(self._on_leave(stream, args[0]), *args[1:], **kwargs)
@@ -198,11 +202,16 @@ class Depth:
 
     @uncompiled
     def _on_enter(self, args: Any, kwargs: Any, output: Any = None) -> Any:
-        return self._entered(named(self.first, args, kwargs), output)
+        arguments = named(self.first, args, kwargs)
+        self._lengths = {s.argument: arguments[s.argument].shape[1] for s in self.spec.streams if s.behind_text}
+        return self._entered(arguments, output)
 
     @uncompiled
-    def _on_leave(self, stream: str, value: Tensor) -> Tensor:
-        return self._left(stream, value)
+    def _on_leave(self, stream: Stream, value: Tensor) -> Tensor:
+        if not stream.behind_text:
+            return self._left(stream.argument, value)
+        text, tokens = value.tensor_split([value.shape[1] - self._lengths[stream.argument]], dim=1)
+        return torch.cat([text, self._left(stream.argument, tokens)], dim=1)
 
     @contextmanager
     def _exchanged(self, places: dict[str, nn.Module], entered: Any, left: Any) -> Iterator[None]:

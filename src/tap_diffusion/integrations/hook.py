@@ -99,8 +99,8 @@ class TAPHook(ModelHook):
                 before[stream.argument] = arguments[stream.argument], probes.get(stream.argument)
 
         def leave(stream: str, after: Tensor) -> None:
-            if stream in before:
-                x, h = before.pop(stream)
+            x, h = before.pop(stream, (None, None))
+            if x is not None and after.numel() == x.numel():  # else there is no anchor, and what follows runs in full
                 residual = (after.reshape(x.shape) - x).to(x.dtype)
                 self.engine.record(call, self._tokens(residual), h, stream)
 
