@@ -82,6 +82,47 @@ SPECS: dict[str, TransformerSpec] = {
         ("transformer_blocks",), _TO_NORM_OUT, outputs=_TEXT_FIRST, modulated_norm="norm1"
     ),
     "WanTransformer3DModel": TransformerSpec(("blocks",)),
+    # Video
+    "WanVACETransformer3DModel": TransformerSpec(
+        ("blocks",), _TO_NORM_OUT, bypassed={"vace_blocks": ("control_hidden_states", "control_hidden_states")}
+    ),
+    "WanAnimateTransformer3DModel": TransformerSpec(
+        ("blocks",), _TO_NORM_OUT, bypassed={"face_adapter": ("hidden_states",)}
+    ),
+    "LTXVideoTransformer3DModel": TransformerSpec(("transformer_blocks",)),
+    "LTX2VideoTransformer3DModel": TransformerSpec(
+        ("transformer_blocks",), (Stream(), Stream("audio_hidden_states")),
+        outputs=("hidden_states", "audio_hidden_states"), probe=False,
+    ),
+    "CogVideoXTransformer3DModel": TransformerSpec(("transformer_blocks",), outputs=_TEXT_LAST),
+    "SkyReelsV2Transformer3DModel": TransformerSpec(
+        ("blocks",), note="With `ar_step`, steps are predicted only after the last frames have begun."
+    ),
+    "ChronoEditTransformer3DModel": TransformerSpec(("blocks",)),
+    "MochiTransformer3DModel": TransformerSpec(
+        ("transformer_blocks",), outputs=_TEXT_LAST, modulated_norm="norm1", rising=True
+    ),
+    "CosmosTransformer3DModel": TransformerSpec(("transformer_blocks",)),
+    "AllegroTransformer3DModel": TransformerSpec(("transformer_blocks",)),
+    "LatteTransformer3DModel": TransformerSpec(
+        ("transformer_blocks",), _TO_NORM_OUT, bypassed={"temporal_transformer_blocks": ("hidden_states",)}
+    ),
+    "EasyAnimateTransformer3DModel": TransformerSpec(("transformer_blocks",), outputs=_TEXT_LAST),
+    "ConsisIDTransformer3DModel": TransformerSpec(
+        ("transformer_blocks",), (Stream(head="norm_final", behind_text=True),), outputs=_TEXT_LAST
+    ),
+    "HeliosTransformer3DModel": TransformerSpec(("blocks",)),
+    "AnyFlowTransformer3DModel": TransformerSpec(("blocks",)),
+    "Cosmos3OmniTransformer": TransformerSpec(
+        ("layers",), (Stream("gen_seq", head="norm_moe_gen"),), outputs=("und_seq", "gen_seq"),
+        modulated_norm="input_layernorm_moe_gen", timestep="vision_timesteps", conditioning="input_ids",
+    ),
 }  # fmt: skip
 
-REFUSED: dict[str, str] = {}
+REFUSED: dict[str, str] = {
+    # Video
+    "AnyFlowFARTransformer3DModel":
+        "it generates chunk by chunk from a key-value cache, not by denoising a whole sample",
+    "WanAnimate2Transformer3DModel":
+        "its blocks fill a key-value cache in calls that look like denoising steps",
+}  # fmt: skip
