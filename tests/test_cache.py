@@ -58,3 +58,16 @@ def test_fits_only_its_own_kind() -> None:
     assert not history.fits(x[:1])
     assert not history.fits(x.double())
     assert not history.fits(x.to("meta"))
+
+
+def test_differences_are_formed_before_they_are_rounded() -> None:
+    """Nearly equal anchors in bfloat16 storage: the differences would drown if taken of rounded features."""
+    history = History(capacity=2, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    feature, change = (torch.randn(1, 8, 4, generator=generator) for _ in range(2))
+    history.add(0, feature.bfloat16().float(), None)
+    history.add(2, feature.bfloat16().float() + 1e-4 * change, None)
+    assert {difference.dtype for difference in history.residual} == {torch.bfloat16}
+    torch.testing.assert_close(history.residual[1].float(), 0.5e-4 * change, rtol=1e-2, atol=1e-7)
+    assert history.nbytes == 2 * feature.numel() * 2
+    assert history.fits(feature)

@@ -22,6 +22,7 @@ def test_paper_is_the_paper() -> None:
         "loss": "cosine",
         "granularity": "token",
         "probe": "modulated_input",
+        "cache_dtype": "model",
     }
 
 
@@ -45,6 +46,7 @@ def test_paper_is_the_paper() -> None:
         ("loss", "mse", "cosine, l2, relative_l2, l1"),
         ("granularity", "pixel", "token, sample, batch"),
         ("probe", "second_block", "modulated_input, first_block"),
+        ("cache_dtype", "int8", "model, float32, bfloat16, float16"),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(field: str, value: Any, allowed: str) -> None:

@@ -127,7 +127,7 @@ class TestModuleOutsideDiffusers:
     def test_what_does_not_fit_is_named(self, dit: DiT) -> None:
         with pytest.raises(tap.UnsupportedModelError, match=r"DiT is not known to TAP.*blocks="):
             tap.enable(dit)
-        with pytest.raises(tap.UnsupportedModelError, match="no nn.ModuleList named 'layers'"):
+        with pytest.raises(tap.UnsupportedModelError, match=r"no nn\.ModuleList named 'layers'"):
             tap.apply_tap(dit, blocks="layers")
         with pytest.raises(tap.UnsupportedModelError, match="no child named 'attention'"):
             tap.apply_tap(dit, blocks="blocks", probe="attention")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import threading
 from pathlib import Path
@@ -32,7 +33,12 @@ def accelerated(name: str) -> Tensor:
 @FAMILIES
 @pytest.mark.parametrize(
     ("how", "enabled_first"),
-    [("compile_repeated_blocks", False), ("compile_repeated_blocks", True), ("torch.compile", False), ("compile", True)],
+    [
+        ("compile_repeated_blocks", False),
+        ("compile_repeated_blocks", True),
+        ("torch.compile", False),
+        ("compile", True),
+    ],
 )
 def test_compiled(name: str, how: str, enabled_first: bool) -> None:
     """The same result, and nothing is compiled again after the first run, nor for another trajectory."""
@@ -129,6 +135,21 @@ def test_gradient_checkpointing(name: str) -> None:
         output = model(**case.inputs(z, t, conditions.step()), return_dict=False)[0]
         z = z - output.detach() / 12
     torch.testing.assert_close(z, expected)
+
+
+@FAMILIES
+def test_cache_in_another_dtype(name: str) -> None:
+    model, case = build(name), CASES[name]
+    plain, expected = denoise(model, case)[0], accelerated(name)
+    with tap.enabled(model, CONFIG):
+        denoise(model, case)
+        bytes_in_float32 = tap.report(model).cache_bytes
+    with tap.enabled(model, dataclasses.replace(CONFIG, cache_dtype="bfloat16")):
+        result = denoise(model, case)[0]
+        assert not tap.report(model).fallbacks
+        assert tap.report(model).cache_bytes < 0.7 * bytes_in_float32
+    assert not torch.equal(result, expected)
+    assert (result - expected).norm() < 0.3 * (expected - plain).norm()
 
 
 @FAMILIES

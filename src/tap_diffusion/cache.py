@@ -12,19 +12,21 @@ class History:
     """Differences Δ⁰ … Δ^{H-1} of the probe features h and the residuals r, and the times of the anchors.
 
     The differences of a new anchor follow from those of the last one alone, so ``capacity`` tensors of each kind
-    hold everything that weights over ``capacity`` anchors can ask for. They are formed in float32 or better and kept
-    in the model's dtype.
+    hold everything that weights over ``capacity`` anchors can ask for. They are formed in float32 or better.
 
     Args:
         capacity: anchors to remember, the largest order plus one.
+        dtype: to keep the differences in; None keeps that of the features.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, dtype: torch.dtype | None = None) -> None:
         self.capacity = capacity
+        self.dtype = dtype
         self.times: list[float] = []
         self.probe: list[Tensor] = []
         self.residual: list[Tensor] = []
         self._gram: Tensor | None = None
+        self._kind: tuple[object, ...] = ()
 
     def add(self, time: float, residual: Tensor, probe: Tensor | None) -> None:
         """Make the features at ``time`` the newest anchor.
@@ -35,6 +37,7 @@ class History:
             probe: h, shape (B, N, D'), or None where nothing is selected.
         """
         span = time - self.times[0] if self.times else 0.0
+        self._kind = _kind(residual)
         self.residual = self._advance(self.residual, residual, span)
         if probe is not None:
             self.probe = self._advance(self.probe, probe, span)
@@ -43,9 +46,12 @@ class History:
 
     def _advance(self, old: list[Tensor], newest: Tensor, span: float) -> list[Tensor]:
         precision = torch.promote_types(newest.dtype, torch.float32)
-        new = [newest.detach()]
-        for difference in old[: self.capacity - 1]:
-            new.append(((new[-1].to(precision) - difference) / span).to(newest.dtype))
+        dtype = self.dtype or newest.dtype
+        difference = newest.detach().to(precision)
+        new = [newest.detach().to(dtype)]
+        for last in old[: self.capacity - 1]:
+            difference = (difference - last) / span
+            new.append(difference.to(dtype))
         return new
 
     @property
@@ -57,17 +63,14 @@ class History:
 
     def fits(self, hidden_states: Tensor) -> bool:
         """Whether there is an anchor, of the shape, dtype and device of ``hidden_states``."""
-        if not self.times:
-            return False
-        newest = self.residual[0]
-        return (newest.shape, newest.dtype, newest.device) == (
-            hidden_states.shape,
-            hidden_states.dtype,
-            hidden_states.device,
-        )
+        return bool(self.times) and self._kind == _kind(hidden_states)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors held."""
         tensors = [*self.probe, *self.residual, *([] if self._gram is None else [self._gram])]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def _kind(features: Tensor) -> tuple[object, ...]:
+    return features.shape, features.dtype, features.device

@@ -15,6 +15,7 @@ from tap_diffusion.predictors import FAMILIES
 Loss = Literal["cosine", "l2", "relative_l2", "l1"]
 Granularity = Literal["token", "sample", "batch"]
 Probe = Literal["modulated_input", "first_block"]
+CacheDType = Literal["model", "float32", "bfloat16", "float16"]
 
 MAX_ORDER = 8
 
@@ -37,6 +38,8 @@ class TAPConfig:
             the result of a sample depends on the others in its batch.
         probe: features that the proxy loss compares: ``modulated_input`` of the first block, or what the
             ``first_block`` adds to the hidden states (dearer: it runs the whole block).
+        cache_dtype: of the cache; ``model`` is that of the hidden states. Differences are formed in float32 or better
+            whatever it is.
 
     Raises:
         ConfigError: a value is not allowed.
@@ -51,6 +54,7 @@ class TAPConfig:
     loss: Loss = "cosine"
     granularity: Granularity = "token"
     probe: Probe = "modulated_input"
+    cache_dtype: CacheDType = "model"
 
     def __post_init__(self) -> None:
         if isinstance(self.orders, list):  # what JSON makes of a tuple
@@ -76,6 +80,7 @@ class TAPConfig:
         self._require("loss", self.loss in get_args(Loss), _one_of(get_args(Loss)))
         self._require("granularity", self.granularity in get_args(Granularity), _one_of(get_args(Granularity)))
         self._require("probe", self.probe in get_args(Probe), _one_of(get_args(Probe)))
+        self._require("cache_dtype", self.cache_dtype in get_args(CacheDType), _one_of(get_args(CacheDType)))
 
     def _require(self, field: str, valid: bool, allowed: str) -> None:
         if not valid:

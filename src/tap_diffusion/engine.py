@@ -129,7 +129,7 @@ class Engine:
         streams = self._histories.setdefault(call.branch, {})
         history = streams.get(stream)
         if history is None or not history.fits(residual):
-            history = streams[stream] = History(self.config.anchors)
+            history = streams[stream] = History(self.config.anchors, _dtype(self.config.cache_dtype))
         history.add(call.step, residual, probe)
         self._doubts.pop(call.branch, None)
 
@@ -197,6 +197,10 @@ def _coefficients(config: TAPConfig, times: tuple[float, ...], t: float) -> tupl
     """
     members, weights = candidates(config.family, config.orders, config.horizon_span, config.horizon_step, times, t)
     return members, torch.from_numpy(np.linalg.solve(difference_matrix(times).T, weights.T).T)
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    return None if name == "model" else getattr(torch, name)
 
 
 class _LateFlag:
