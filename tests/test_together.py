@@ -16,7 +16,9 @@ from diffusers.hooks import apply_group_offloading
 from torch import Tensor
 
 import tap_diffusion as tap
+import tiny
 import zoo.paper  # noqa: F401 (registers its cases)
+from tap_diffusion.schedule import full_steps
 from zoo import CASES, Conditions, build, denoise, evaluate, start
 from zoo.checks import CONFIG
 
@@ -294,3 +296,64 @@ def interrupt_at(step: int) -> Any:
         return kwargs
 
     return callback
+
+
+class TestSchedulersAndGuidance:
+    def test_heun_evaluates_twice_per_step(self) -> None:
+        pipe = tiny.build_pipeline()
+        pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+        plain = tiny.sample(pipe, steps=12)
+        with tap.enabled(pipe, CONFIG):
+            first = tiny.sample(pipe, steps=12)
+            report = tap.report(pipe)
+            assert report.steps == len(pipe.scheduler.timesteps) == 23
+            assert report.full_steps == len(full_steps(23, CONFIG.interval, CONFIG.warmup))
+            assert pipe.transformer._diffusers_hook.get_hook("tap_diffusion").engine.cache_bytes == 0
+            assert torch.equal(tiny.sample(pipe, steps=12), first)
+        assert 0 < (first - plain).norm() / plain.norm() < 0.3
+
+    def test_a_distilled_schedule_of_four_steps(self) -> None:
+        """Nothing can be skipped, and TAP says so; with a single warm-up step something can."""
+        pipe = tiny.build_pipeline()
+        plain = tiny.sample(pipe, steps=4)
+        with tap.enabled(pipe, tap.TAPConfig(warmup=4)), pytest.warns(tap.TAPWarning, match="a smaller warmup"):
+            assert torch.equal(tiny.sample(pipe, steps=4), plain)
+        with tap.enabled(pipe, tap.TAPConfig(warmup=1, interval=2)):
+            tiny.sample(pipe, steps=4)
+            assert tap.report(pipe).predicted_steps == 2
+
+    def test_skip_layer_guidance_of_sd3(self) -> None:
+        """Three branches: without prompt, with it, and with it but without some layers, which only some steps have."""
+        torch.manual_seed(0)
+        vae = diffusers.AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, layers_per_block=1, sample_size=16,
+            shift_factor=0.0,
+        )  # fmt: skip
+        pipe = diffusers.StableDiffusion3Pipeline(
+            transformer=build("SD3Transformer2DModel"), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+            vae=vae.eval(), text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
+            text_encoder_3=None, tokenizer_3=None,
+        )  # fmt: skip
+        pipe.set_progress_bar_config(disable=True)
+
+        def sample(scale: float) -> Tensor:
+            latents: Tensor = pipe(
+                prompt_embeds=torch.ones(1, 6, 16), pooled_prompt_embeds=torch.ones(1, 16),
+                negative_prompt_embeds=torch.zeros(1, 6, 16), negative_pooled_prompt_embeds=torch.zeros(1, 16),
+                height=16, width=16, num_inference_steps=20, output_type="latent", guidance_scale=3.0,
+                skip_guidance_layers=[1], skip_layer_guidance_scale=scale, skip_layer_guidance_start=0.0,
+                skip_layer_guidance_stop=0.6, generator=torch.Generator().manual_seed(0),
+            ).images  # fmt: skip
+            return latents
+
+        plain = sample(1.0)
+        with tap.enabled(pipe, CONFIG):
+            accelerated = sample(1.0)
+            report = tap.report(pipe)
+            assert report.full_steps == len(full_steps(20, CONFIG.interval, CONFIG.warmup))
+            assert not report.fallbacks
+            assert torch.equal(sample(1.0), accelerated)
+            assert pipe.transformer._diffusers_hook.get_hook("tap_diffusion").engine.cache_bytes == 0
+        assert 0 < (accelerated - plain).norm() / plain.norm() < 0.5
+        assert torch.equal(sample(1.0), plain)
