@@ -244,9 +244,11 @@ class _Reached(Exception):
 
 
 def _attentions(block: nn.Module) -> list[nn.Module]:
-    """Children (of an inner block as well) whose name or class says attention, outermost only."""
+    """Children (of an inner block as well) whose name or class says attention, outermost only; not its norm."""
     found = [
-        child for name, child in block.named_children() if "attn" in name or "attention" in type(child).__name__.lower()
+        child
+        for name, child in block.named_children()
+        if ("attn" in name and "norm" not in name) or "attention" in type(child).__name__.lower()
     ]
     return found or [inner for child in block.children() for inner in _attentions(child)]
 
