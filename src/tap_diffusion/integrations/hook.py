@@ -95,8 +95,8 @@ class TAPHook(ModelHook):
 
         def enter(arguments: dict[str, Any], output: Any) -> None:
             probes = self._probes(depth, arguments, output) if config.chooses else {}
-            for stream in self.spec.streams:
-                before[stream.argument] = arguments[stream.argument], probes.get(stream.argument)
+            for name, x in self._streams(arguments).items():
+                before[name] = x, probes.get(name)
 
         def leave(stream: str, after: Tensor) -> None:
             x, h = before.pop(stream, (None, None))
@@ -120,20 +120,19 @@ class TAPHook(ModelHook):
             nonlocal reason
             predicted: Streams = {}
             probes: Streams = {}
-            for stream in self.spec.streams:
-                x = arguments[stream.argument]
+            for name, x in self._streams(arguments).items():
 
-                def probe(name: str = stream.argument) -> Tensor:
+                def probe(name: str = name) -> Tensor:
                     if not probes:
                         probes.update(self._probes(depth, arguments))
                     return probes[name]
 
                 try:
-                    after = self.engine.predict(call, self._tokens(x), probe, stream.argument)
+                    after = self.engine.predict(call, self._tokens(x), probe, name)
                 except Fallback as fallback:
                     reason = str(fallback)
                     return {}
-                predicted[stream.argument] = self._untokens(after, x)
+                predicted[name] = self._untokens(after, x)
             reason = None
             return predicted
 
@@ -147,7 +146,11 @@ class TAPHook(ModelHook):
             h = self._tokens(depth.attention_input(arguments))
             return {self.spec.streams[0].argument: h}
         after = depth.streams_of(depth.first(**arguments) if output is None else output)
-        return {name: self._tokens(value - arguments[name]) for name, value in after.items()}
+        return {name: self._tokens(after[name] - x) for name, x in self._streams(arguments).items()}
+
+    def _streams(self, arguments: dict[str, Any]) -> Streams:
+        """What enters the first block, without streams that this call leaves out (video without sound)."""
+        return {s.argument: arguments[s.argument] for s in self.spec.streams if arguments.get(s.argument) is not None}
 
     def _tokens(self, x: Tensor) -> Tensor:
         """A stream as (B, N, D)."""
