@@ -117,6 +117,22 @@ SPECS: dict[str, TransformerSpec] = {
         ("layers",), (Stream("gen_seq", head="norm_moe_gen"),), outputs=("und_seq", "gen_seq"),
         modulated_norm="input_layernorm_moe_gen", timestep="vision_timesteps", conditioning="input_ids",
     ),
+    # Audio, and image and video models that stand apart. Some reorder or cut the stream in front of the head, or add
+    # to it there what entered the first block (LongCat): for those, and wherever nothing is added, the last block.
+    "Kandinsky5Transformer3DModel": TransformerSpec(("visual_transformer_blocks",), (Stream("visual_embed"),)),
+    "Kandinsky6SRTransformer3DModel": TransformerSpec(("visual_transformer_blocks",)),
+    "Kandinsky6Transformer3DModel": TransformerSpec(
+        ("visual_transformer_blocks",), (Stream("vis", "out_layer"), Stream("aud", "audio_out_layer")),
+        outputs=("vis", "aud"), probe=False,
+    ),
+    "SanaVideoTransformer3DModel": TransformerSpec(("transformer_blocks",), _TO_NORM_OUT),
+    "SanaWMTransformer3DModel": TransformerSpec(("blocks",), (Stream("x"),)),
+    "StableAudioDiTModel": TransformerSpec(("transformer_blocks",)),
+    "StableAudio3DiTModel": TransformerSpec(("transformer_blocks",)),
+    "AceStepTransformer1DModel": TransformerSpec(("layers",)),
+    "LongCatAudioDiTTransformer": TransformerSpec(("blocks",)),
+    "MiniMaxH3Transformer3DModel": TransformerSpec(("transformer_blocks",), rising=True),
+    "MiniMaxMusic3Transformer1DModel": TransformerSpec(("transformer_blocks",), rising=True),
 }  # fmt: skip
 
 REFUSED: dict[str, str] = {
@@ -125,4 +141,24 @@ REFUSED: dict[str, str] = {
         "it generates chunk by chunk from a key-value cache, not by denoising a whole sample",
     "WanAnimate2Transformer3DModel":
         "its blocks fill a key-value cache in calls that look like denoising steps",
+    # Audio, and image and video models that stand apart.
+    "SanaWMLTX2RefinerTransformer3DModel": (
+        "it refines a video chunk by chunk in a few steps, and every layer keeps keys and values of a chunk for the"
+        " next ones"
+    ),
+    "RFD4ProteinaTransformer": (
+        "it designs proteins, and within a step its blocks run several times over, each time on the features of pairs"
+        " that they left"
+    ),
+    "Transformer2DModel": (
+        "it is a part of UNets; for checkpoints of DiT and PixArt, load the DiTTransformer2DModel or the"
+        " PixArtTransformer2DModel"
+    ),
+    "TransformerTemporalModel": "it is a part of UNets, which have no residual stream that all blocks share",
+    "DreamLiteTransformer2DModel": (
+        "it is a part of the DreamLiteUNetModel, and UNets have no residual stream that all blocks share"
+    ),
+    "UVit2DModel": (
+        "it is a UNet that predicts the masked tokens of an image, with no residual stream that all blocks share"
+    ),
 }  # fmt: skip
