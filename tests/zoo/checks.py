@@ -207,6 +207,32 @@ def check_schedule(name: str) -> None:
     assert len(taken.unique()) > 1, "every token always takes the same candidate"
 
 
+def check_probe(name: str) -> None:
+    """What a predicted step compares is what a full step on the same input keeps, though few blocks are there."""
+    case, model = CASES[name], build(name)
+    z, conditions = start(case), Conditions(0, 1, torch.float32)
+    kept: list[Tensor] = []
+    compared: list[Tensor] = []
+    with tap.enabled(model, CONFIG):
+        engine = model._diffusers_hook.get_hook("tap_diffusion").engine
+        record, predict = engine.record, engine.predict
+
+        def recording(call: Any, residual: Tensor, probe: Tensor, *more: Any) -> None:
+            kept.append(probe.clone())
+            record(call, residual, probe, *more)
+
+        def predicting(call: Any, x: Tensor, probe: Callable[[], Tensor], *more: Any) -> Tensor:
+            compared.append(probe().clone())
+            return predict(call, x, probe, *more)
+
+        engine.record, engine.predict = recording, predicting
+        for time in (0.9, 0.7, 0.7 * (1 - 1e-5)):
+            evaluate(model, case, z, time, conditions)
+    assert len(compared) == len(SPECS[name].streams)
+    for one, other in zip(kept[-len(compared) :], compared, strict=True):
+        assert (other - one).norm() / one.norm() < 1e-2, "the probe differs where blocks are left out"
+
+
 Check = Callable[[str], None]
 
 

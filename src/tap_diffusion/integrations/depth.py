@@ -37,6 +37,19 @@ class Guise(nn.Module):
         return getattr(self.__dict__["_guised"], name)
 
 
+class _Thinned(nn.ModuleList):
+    """Few blocks that count as many: models find a block's share of a common modulation by the lengths of lists."""
+
+    _length: int | None = None
+
+    def __init__(self, blocks: list[nn.Module], length: int | None = None) -> None:
+        super().__init__(blocks)
+        self._length = length
+
+    def __len__(self) -> int:
+        return super().__len__() if self._length is None else self._length
+
+
 class Depth:
     """The places in one transformer that a spec names, and their guises.
 
@@ -165,7 +178,9 @@ class Depth:
             for name, outputs in spec.bypassed.items():
                 block = self._get(name)[0]
                 lists[name] = [Guise(block, _pass_through(block, outputs))]
-        places: dict[str, nn.Module] = {name: nn.ModuleList(blocks) for name, blocks in lists.items()}
+        places: dict[str, nn.Module] = {
+            name: _Thinned(blocks, length=len(self._get(name))) for name, blocks in lists.items()
+        }
         for stream in spec.streams:
             if stream.head is None:
                 continue
