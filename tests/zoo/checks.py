@@ -28,9 +28,14 @@ def blocks_of(name: str, model: nn.Module) -> list[nn.Module]:
 
 def trace(model: nn.Module) -> dict[str, Any]:
     """Everything of the modules that an integration might leave changed."""
+
+    def content(value: Any) -> Any:
+        if isinstance(value, dict):
+            return list(value)
+        return [id(item) for item in value] if isinstance(value, list) else id(value)  # some models remake lists
+
     return {
-        name: (id(module), {k: (list(v) if isinstance(v, dict) else id(v)) for k, v in vars(module).items()})
-        for name, module in model.named_modules()
+        name: (id(module), {k: content(v) for k, v in vars(module).items()}) for name, module in model.named_modules()
     }
 
 
