@@ -133,6 +133,41 @@ SPECS: dict[str, TransformerSpec] = {
     "LongCatAudioDiTTransformer": TransformerSpec(("blocks",)),
     "MiniMaxH3Transformer3DModel": TransformerSpec(("transformer_blocks",), rising=True),
     "MiniMaxMusic3Transformer1DModel": TransformerSpec(("transformer_blocks",), rising=True),
+    # joint attention of two streams
+    **dict.fromkeys(
+        (
+            "BriaFiboTransformer2DModel", "BriaTransformer2DModel", "ChromaTransformer2DModel",
+            "LongCatImageTransformer2DModel", "OvisImageTransformer2DModel",
+        ),
+        TransformerSpec(_DUAL_SINGLE, _TO_NORM_OUT, outputs=_TEXT_FIRST, modulated_norm="norm1"),
+    ),
+    **dict.fromkeys(
+        ("HunyuanImageTransformer2DModel", "MotifVideoTransformer3DModel"),
+        TransformerSpec(_DUAL_SINGLE, _TO_NORM_OUT, outputs=_TEXT_LAST, modulated_norm="norm1"),
+    ),
+    "AuraFlowTransformer2DModel": TransformerSpec(
+        ("joint_transformer_blocks", "single_transformer_blocks"), _TO_NORM_OUT, outputs=_TEXT_FIRST,
+        modulated_norm="norm1",
+    ),
+    "BriaFibo2Transformer2DModel": TransformerSpec(("layers",), (Stream("x"),)),
+    "Flux2Transformer2DModel": TransformerSpec(_DUAL_SINGLE, _TO_NORM_OUT, outputs=_TEXT_FIRST),
+    "Flux3Transformer2DModel": TransformerSpec(
+        ("mode_blocks.image", "single_transformer_blocks"), _TO_NORM_OUT,
+        bypassed={"txt_mode_blocks": ("hidden_states",), "mode_blocks.image_cond": ("hidden_states",)},
+    ),
+    "HiDreamImageTransformer2DModel": TransformerSpec(
+        ("double_stream_blocks", "single_stream_blocks"), (Stream(head="final_layer"),), outputs=_TEXT_LAST,
+        timestep="timesteps", conditioning="encoder_hidden_states_t5",
+    ),
+    "HunyuanVideo15Transformer3DModel": TransformerSpec(
+        ("transformer_blocks",), _TO_NORM_OUT, outputs=_TEXT_LAST, modulated_norm="norm1"
+    ),
+    # No head: only the tokens of the new frames go there, without those of the history.
+    "HunyuanVideoFramepackTransformer3DModel": TransformerSpec(
+        _DUAL_SINGLE, outputs=_TEXT_LAST, modulated_norm="norm1"
+    ),
+    "NucleusMoEImageTransformer2DModel": TransformerSpec(("transformer_blocks",), _TO_NORM_OUT),
+    "QwenImage21Transformer2DModel": TransformerSpec(("transformer_blocks",), _TO_NORM_OUT),
 }  # fmt: skip
 
 REFUSED: dict[str, str] = {
