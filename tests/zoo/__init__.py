@@ -73,13 +73,18 @@ class Case:
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
 
 
-CASES: dict[str, Case] = {}
+CASES: dict[str, Case] = {}  # by the class, or "class: variant"
+
+
+def class_of(name: str) -> str:
+    """The class of a case."""
+    return name.partition(":")[0]
 
 
 def build(name: str, **changes: Any) -> Any:
     """The class of a case with random weights. None is zero, so that every part has an effect on the output."""
     torch.manual_seed(0)
-    model = getattr(diffusers, name)(**CASES[name].config | changes).eval().requires_grad_(False)
+    model = getattr(diffusers, class_of(name))(**CASES[name].config | changes).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)

@@ -12,18 +12,23 @@ from torch import Tensor, nn
 
 import tap_diffusion as tap
 from tap_diffusion.integrations.depth import named
-from tap_diffusion.integrations.models import SPECS, Stream
+from tap_diffusion.integrations.models import SPECS, Stream, TransformerSpec
 from tap_diffusion.schedule import full_steps
-from zoo import CASES, Conditions, build, denoise, evaluate, start
+from zoo import CASES, Conditions, build, class_of, denoise, evaluate, start
 
 # Fewer warm-up steps than anchors, so that anchors of another trajectory would have a say.
 CONFIG = tap.TAPConfig(interval=4, warmup=2, horizon_span=1)
 REUSE = tap.TAPConfig(interval=2, warmup=1, orders=(0,), horizon_span=0)
 
 
+def spec_of(name: str) -> TransformerSpec:
+    """What TAP knows of a case's class."""
+    return SPECS[class_of(name)]
+
+
 def blocks_of(name: str, model: nn.Module) -> list[nn.Module]:
     """All blocks of the depth, in order."""
-    return [block for place in SPECS[name].blocks for block in attrgetter(place)(model)]
+    return [block for place in spec_of(name).blocks for block in attrgetter(place)(model)]
 
 
 def trace(model: nn.Module) -> dict[str, Any]:
@@ -83,7 +88,7 @@ def _stream_into_head(name: str, model: nn.Module, make: Any) -> Iterator[None]:
     Args:
         make: (name of the stream, first block's streams by name) -> the stream, or None to leave it alone.
     """
-    spec = SPECS[name]
+    spec = spec_of(name)
     blocks = blocks_of(name, model)
     entered: dict[str, Tensor] = {}
 
@@ -143,7 +148,7 @@ def check_recomputation(name: str) -> None:
     conditions = Conditions(0, 1, torch.float32)
     with _observed_stream(name, model) as (entered, left):
         evaluate(model, case, z[0], 0.7, conditions)
-        for stream in SPECS[name].streams:
+        for stream in spec_of(name).streams:
             x, after = entered[stream.argument], left[stream.argument]
             if stream.behind_text:
                 after = after[:, -x.shape[1] :]
@@ -157,7 +162,7 @@ def check_recomputation(name: str) -> None:
 def _observed_stream(name: str, model: nn.Module) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     entered: dict[str, Tensor] = {}
     left: dict[str, Tensor] = {}
-    spec = SPECS[name]
+    spec = spec_of(name)
 
     def look(argument: str, now: dict[str, Tensor]) -> None:
         entered.update({k: v.clone() for k, v in now.items()})
@@ -204,10 +209,10 @@ def check_schedule(name: str) -> None:
         report = tap.report(model)
     expected = full_steps(12, CONFIG.interval, CONFIG.warmup)
     assert (report.steps, report.full_steps, report.fallbacks) == (12, len(expected), {})
-    probes = report.predicted_steps * (0 if SPECS[name].probe else 1)
+    probes = report.predicted_steps * (0 if spec_of(name).probe else 1)
     assert calls.count(per_step[-1]) == len(expected) * per_step.count(per_step[-1])
     assert len(calls) == len(expected) * len(per_step) + probes
-    assert len(report.choices) == report.predicted_steps * len(SPECS[name].streams)
+    assert len(report.choices) == report.predicted_steps * len(spec_of(name).streams)
     taken = torch.cat([choice.index.flatten() for choice in report.choices])
     assert len(taken.unique()) > 1, "every token always takes the same candidate"
 
@@ -233,7 +238,7 @@ def check_probe(name: str) -> None:
         engine.record, engine.predict = recording, predicting
         for time in (0.9, 0.7, 0.7 * (1 - 1e-5)):
             evaluate(model, case, z, time, conditions)
-    assert len(compared) == len(SPECS[name].streams)
+    assert len(compared) == len(spec_of(name).streams)
     for one, other in zip(kept[-len(compared) :], compared, strict=True):
         assert (other - one).norm() / one.norm() < 1e-2, "the probe differs where blocks are left out"
 
@@ -326,7 +331,7 @@ def check_memory(name: str) -> None:
 
     def enter(block: nn.Module, args: Any, kwargs: Any) -> None:
         arguments = named(block, args, kwargs)
-        entered.append(sum(arguments[s.argument].nbytes for s in SPECS[name].streams))
+        entered.append(sum(arguments[s.argument].nbytes for s in spec_of(name).streams))
 
     handle = blocks_of(name, model)[0].register_forward_pre_hook(enter, with_kwargs=True)
     evaluate(model, case, start(case), 1.0, Conditions(0, 1, torch.float32))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from zoo import CASES, Case
@@ -53,6 +55,11 @@ CASES["HunyuanVideoTransformer3DModel"] = Case(
         "guidance": given.constant(lambda: torch.full((len(z),), 6000.0)),
     },
 )  # fmt: skip
+
+CASES["HunyuanVideoTransformer3DModel: token_replace"] = dataclasses.replace(
+    CASES["HunyuanVideoTransformer3DModel"],
+    config=CASES["HunyuanVideoTransformer3DModel"].config | {"image_condition_type": "token_replace"},
+)
 
 CASES["SD3Transformer2DModel"] = Case(
     config={
