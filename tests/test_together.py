@@ -16,7 +16,6 @@ from diffusers.hooks import apply_group_offloading
 from torch import Tensor
 
 import tap_diffusion as tap
-import tiny
 import zoo.paper  # noqa: F401 (registers its cases)
 from tap_diffusion.schedule import full_steps
 from zoo import CASES, Conditions, build, denoise, evaluate, start
@@ -299,31 +298,8 @@ def interrupt_at(step: int) -> Any:
 
 
 class TestSchedulersAndGuidance:
-    def test_heun_evaluates_twice_per_step(self) -> None:
-        pipe = tiny.build_pipeline()
-        pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
-        plain = tiny.sample(pipe, steps=12)
-        with tap.enabled(pipe, CONFIG):
-            first = tiny.sample(pipe, steps=12)
-            report = tap.report(pipe)
-            assert report.steps == len(pipe.scheduler.timesteps) == 23
-            assert report.full_steps == len(full_steps(23, CONFIG.interval, CONFIG.warmup))
-            assert pipe.transformer._diffusers_hook.get_hook("tap_diffusion").engine.cache_bytes == 0
-            assert torch.equal(tiny.sample(pipe, steps=12), first)
-        assert 0 < (first - plain).norm() / plain.norm() < 0.3
-
-    def test_a_distilled_schedule_of_four_steps(self) -> None:
-        """Nothing can be skipped, and TAP says so; with a single warm-up step something can."""
-        pipe = tiny.build_pipeline()
-        plain = tiny.sample(pipe, steps=4)
-        with tap.enabled(pipe, tap.TAPConfig(warmup=4)), pytest.warns(tap.TAPWarning, match="a smaller warmup"):
-            assert torch.equal(tiny.sample(pipe, steps=4), plain)
-        with tap.enabled(pipe, tap.TAPConfig(warmup=1, interval=2)):
-            tiny.sample(pipe, steps=4)
-            assert tap.report(pipe).predicted_steps == 2
-
-    def test_skip_layer_guidance_of_sd3(self) -> None:
-        """Three branches: without prompt, with it, and with it but without some layers, which only some steps have."""
+    @pytest.fixture
+    def pipe(self) -> Any:
         torch.manual_seed(0)
         vae = diffusers.AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
@@ -336,24 +312,48 @@ class TestSchedulersAndGuidance:
             text_encoder_3=None, tokenizer_3=None,
         )  # fmt: skip
         pipe.set_progress_bar_config(disable=True)
+        return pipe
 
-        def sample(scale: float) -> Tensor:
-            latents: Tensor = pipe(
-                prompt_embeds=torch.ones(1, 6, 16), pooled_prompt_embeds=torch.ones(1, 16),
-                negative_prompt_embeds=torch.zeros(1, 6, 16), negative_pooled_prompt_embeds=torch.zeros(1, 16),
-                height=16, width=16, num_inference_steps=20, output_type="latent", guidance_scale=3.0,
-                skip_guidance_layers=[1], skip_layer_guidance_scale=scale, skip_layer_guidance_start=0.0,
-                skip_layer_guidance_stop=0.6, generator=torch.Generator().manual_seed(0),
-            ).images  # fmt: skip
-            return latents
+    def sample(self, pipe: Any, steps: int = 20, **more: Any) -> Tensor:
+        latents: Tensor = pipe(
+            prompt_embeds=torch.ones(1, 6, 16), pooled_prompt_embeds=torch.ones(1, 16),
+            negative_prompt_embeds=torch.zeros(1, 6, 16), negative_pooled_prompt_embeds=torch.zeros(1, 16),
+            height=16, width=16, num_inference_steps=steps, output_type="latent", guidance_scale=3.0,
+            generator=torch.Generator().manual_seed(0), **more,
+        ).images  # fmt: skip
+        return latents
 
-        plain = sample(1.0)
+    def test_heun_evaluates_twice_per_step(self, pipe: Any) -> None:
+        pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+        plain = self.sample(pipe, 12)
         with tap.enabled(pipe, CONFIG):
-            accelerated = sample(1.0)
+            first = self.sample(pipe, 12)
+            report = tap.report(pipe)
+            assert report.steps == len(pipe.scheduler.timesteps) == 23
+            assert report.full_steps == len(full_steps(23, CONFIG.interval, CONFIG.warmup))
+            assert pipe.transformer._diffusers_hook.get_hook("tap_diffusion").engine.cache_bytes == 0
+            assert torch.equal(self.sample(pipe, 12), first)
+        assert 0 < (first - plain).norm() / plain.norm() < 0.5
+
+    def test_a_distilled_schedule_of_four_steps(self, pipe: Any) -> None:
+        """Nothing can be skipped, and TAP says so; with a single warm-up step something can."""
+        plain = self.sample(pipe, 4)
+        with tap.enabled(pipe, tap.TAPConfig(warmup=4)), pytest.warns(tap.TAPWarning, match="a smaller warmup"):
+            assert torch.equal(self.sample(pipe, 4), plain)
+        with tap.enabled(pipe, tap.TAPConfig(warmup=1, interval=2)):
+            self.sample(pipe, 4)
+            assert tap.report(pipe).predicted_steps == 2
+
+    def test_skip_layer_guidance(self, pipe: Any) -> None:
+        """A further branch without some layers, which only some of the steps have."""
+        layers = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 0.6}
+        plain, without = self.sample(pipe, **layers), self.sample(pipe)
+        with tap.enabled(pipe, CONFIG):
+            accelerated = self.sample(pipe, **layers)
             report = tap.report(pipe)
             assert report.full_steps == len(full_steps(20, CONFIG.interval, CONFIG.warmup))
             assert not report.fallbacks
-            assert torch.equal(sample(1.0), accelerated)
+            assert torch.equal(self.sample(pipe, **layers), accelerated)
             assert pipe.transformer._diffusers_hook.get_hook("tap_diffusion").engine.cache_bytes == 0
-        assert 0 < (accelerated - plain).norm() / plain.norm() < 0.5
-        assert torch.equal(sample(1.0), plain)
+        assert (accelerated - plain).norm() < (accelerated - without).norm()
+        assert torch.equal(self.sample(pipe, **layers), plain)

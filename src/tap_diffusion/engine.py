@@ -42,6 +42,7 @@ class Engine:
         self.report = Report()
         self._histories: dict[str, dict[str, History]] = {}  # of each branch, of each of its streams
         self._doubts: dict[str, _LateFlag] = {}
+        self._seen: dict[str, int] = {}  # last step of each branch
         self._may_have_ended = False
 
     # ------------------------------------------------------------------------------------------------- trajectories
@@ -50,6 +51,7 @@ class Engine:
         """Drop all that is remembered of the current trajectory, but not the report."""
         self._histories.clear()
         self._doubts.clear()
+        self._seen.clear()
         self._may_have_ended = False
 
     @uncompiled
@@ -74,9 +76,11 @@ class Engine:
         self.report.calls.append((call.step, full, milliseconds))
         self._may_have_ended = call.is_last_step is None
         self.report.cache_bytes = max(self.report.cache_bytes, self.cache_bytes)
+        self._seen[call.branch] = call.step
         if call.is_last_step:
-            self._histories.pop(call.branch, None)
-            self._doubts.pop(call.branch, None)
+            for branch in [b for b, step in self._seen.items() if b == call.branch or step < call.step - 1]:
+                self._histories.pop(branch, None)  # its own, and those of branches that have ended before
+                self._doubts.pop(branch, None)
             if not self._histories:
                 self._warn_if_without_effect()
 
