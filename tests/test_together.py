@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import diffusers
 import pytest
 import torch
@@ -83,6 +84,60 @@ def test_group_offloading(name: str, level: str, enabled_first: bool) -> None:
         tap.enable(model, CONFIG)
     assert torch.equal(denoise(model, CASES[name])[0], expected)
     assert tap.report(model).predicted_steps > 0
+
+
+@FAMILIES
+@pytest.mark.parametrize("enabled_first", [False, True])
+def test_model_offloading(name: str, enabled_first: bool) -> None:
+    """Pipelines take accelerate's hook off after each run and put it on again."""
+    model, expected = build(name), accelerated(name)
+    plain = denoise(model, CASES[name])[0]
+    if enabled_first:
+        tap.enable(model, CONFIG)
+    accelerate.cpu_offload_with_hook(model, execution_device="cpu")
+    if not enabled_first:
+        tap.enable(model, CONFIG)
+    for _ in range(3):
+        assert torch.equal(denoise(model, CASES[name])[0], expected)
+        accelerate.hooks.remove_hook_from_module(model, recurse=True)
+        accelerate.cpu_offload_with_hook(model, execution_device="cpu")
+    assert tap.report(model).trajectories == 3
+    tap.disable(model)
+    assert torch.equal(denoise(model, CASES[name])[0], plain)
+    assert hasattr(model, "_hf_hook")
+    moved = []
+    model._hf_hook.pre_forward = lambda module, *args, **kwargs: (moved.append(1), (args, kwargs))[1]
+    denoise(model, CASES[name], stop=1)
+    assert moved, "the hook of accelerate is gone"
+
+
+@FAMILIES
+@pytest.mark.parametrize("enabled_first", [False, True])
+def test_sequential_offloading(name: str, enabled_first: bool) -> None:
+    model, expected = build(name), accelerated(name)
+    if enabled_first:
+        tap.enable(model, CONFIG)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    if not enabled_first:
+        tap.enable(model, CONFIG)
+    for _ in range(2):
+        assert torch.equal(denoise(model, CASES[name])[0], expected)
+    assert tap.report(model).predicted_steps > 0
+
+
+@FAMILIES
+def test_int8_weights(name: str) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    model = build(name)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    plain = denoise(model, CASES[name])[0]
+    with tap.enabled(model, CONFIG):
+        first = denoise(model, CASES[name])[0]
+        assert torch.equal(denoise(model, CASES[name])[0], first)
+        assert tap.report(model).predicted_steps > 0
+        assert not tap.report(model).fallbacks
+    assert 0 < (first - plain).norm() / plain.norm() < 0.3
+    assert torch.equal(denoise(model, CASES[name])[0], plain)
 
 
 @FAMILIES

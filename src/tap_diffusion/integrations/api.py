@@ -63,7 +63,8 @@ def apply_tap(
     if previous is not None:
         hook.tracker.schedulers = previous.tracker.schedulers
         _remove(module)
-    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _NAME)
+    with _beneath_accelerate(module):
+        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _NAME)
 
 
 def enable(target: DiffusionPipeline | nn.Module, config: TAPConfig | None = None) -> None:
@@ -197,9 +198,27 @@ def _hook(module: nn.Module) -> TAPHook | None:
 
 def _remove(module: nn.Module) -> None:
     registry: Any = module._diffusers_hook
-    registry.remove_hook(_NAME, recurse=False)
-    if not registry.hooks:
-        # diffusers leaves the original forward behind as an attribute of the instance, and the empty registry.
-        if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
-            del module.__dict__["forward"]
-        del module._diffusers_hook
+    with _beneath_accelerate(module):
+        registry.remove_hook(_NAME, recurse=False)
+        if not registry.hooks:
+            # diffusers leaves the original forward behind as an attribute of the instance, and the empty registry.
+            if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
+                del module.__dict__["forward"]
+            del module._diffusers_hook
+
+
+@contextmanager
+def _beneath_accelerate(module: Any) -> Iterator[None]:
+    """Change the forward that accelerate's hook wraps, rather than wrap it in turn.
+
+    Pipelines with model offloading remove accelerate's hook after each run and add it anew, and with it goes whatever
+    has been put around it.
+    """
+    offloaded = module.__dict__.get("forward") if "_hf_hook" in module.__dict__ else None
+    if offloaded is None:
+        yield
+        return
+    module.forward = module._old_forward
+    yield
+    module._old_forward = module.forward
+    module.forward = offloaded
