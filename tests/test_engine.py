@@ -202,6 +202,10 @@ def test_without_effect_warns_with_the_reason() -> None:
         Driver().run(residual=bad)
 
 
+def test_one_step_alone_does_not_warn() -> None:
+    Driver().run(1)
+
+
 def test_report_prints_and_counts() -> None:
     driver = Driver().run()
     text = str(driver.engine.report)

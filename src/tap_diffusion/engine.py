@@ -98,8 +98,8 @@ class Engine:
 
     def _warn_if_without_effect(self) -> None:
         report, config = self.report, self.config
-        if config.interval == 1 or report.predicted_calls or not report.calls:
-            return
+        if config.interval == 1 or report.predicted_calls or report.steps < 2:
+            return  # one step alone can be a look at images to edit, before the run (GLM-Image)
         if report.fallbacks:
             reason = "; ".join(f"{reason} ({count} calls)" for reason, count in report.fallbacks.items())
         else:
