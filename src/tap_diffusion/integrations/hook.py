@@ -143,8 +143,7 @@ class TAPHook(ModelHook):
     def _probes(self, depth: Depth, arguments: dict[str, Any], output: Any = None) -> Streams:
         """Probe features h of each stream, (B, N, D'); the first block's output is computed where it is not given."""
         if self.spec.probe and self.engine.config.probe == "modulated_input":
-            h = self._tokens(depth.attention_input(arguments))
-            return {self.spec.streams[0].argument: h}
+            return {self.spec.streams[0].argument: _flat(depth.attention_input(arguments))}
         after = depth.streams_of(depth.first(**arguments) if output is None else output)
         return {name: self._tokens(after[name] - x) for name, x in self._streams(arguments).items()}
 
@@ -154,12 +153,14 @@ class TAPHook(ModelHook):
 
     def _tokens(self, x: Tensor) -> Tensor:
         """A stream as (B, N, D)."""
-        if self.spec.tokens_first:
-            x = x.transpose(0, 1)
-        return x.reshape(1 if x.ndim == 2 else x.shape[0], -1, x.shape[-1])
+        return _flat(x.transpose(0, 1) if self.spec.tokens_first else x)
 
     def _untokens(self, x: Tensor, like: Tensor) -> Tensor:
         return (x.transpose(0, 1) if self.spec.tokens_first else x).reshape(like.shape)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(1 if x.ndim == 2 else x.shape[0], -1, x.shape[-1])
 
 
 def _device(arguments: dict[str, Any]) -> torch.device:

@@ -37,7 +37,7 @@ class TransformerSpec:
         attention: this child of the first block; None: the first to run whose name or class says attention.
         probe: False where what enters the attention can't be compared token by token with the stream: the change by
             the whole first block is the probe then, whatever the configuration says.
-        tokens_first: the stream is (N, B, D).
+        tokens_first: the stream is (N, B, D), unlike what enters the attention.
         timestep: argument of the transformer that tells the time.
         rising: it rises along a trajectory.
         conditioning: argument of the transformer that tells one trajectory's branch from another's.
