@@ -136,6 +136,7 @@ class TAPHook(ModelHook):
             reason = None
             return predicted
 
+        kwargs = kwargs | {name: None for name in self.spec.full_only if name in kwargs}
         with depth.left_out(predict):
             output = self.fn_ref.original_forward(*args, **kwargs)
         return output, reason

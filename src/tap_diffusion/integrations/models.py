@@ -41,6 +41,7 @@ class TransformerSpec:
         timestep: argument of the transformer that tells the time.
         rising: it rises along a trajectory.
         conditioning: argument of the transformer that tells one trajectory's branch from another's.
+        full_only: arguments of the transformer that predicted steps go without, since its blocks have to use them up.
         note: for users, in the table of models.
     """
 
@@ -55,6 +56,7 @@ class TransformerSpec:
     timestep: str = "timestep"
     rising: bool = False
     conditioning: str = "encoder_hidden_states"
+    full_only: tuple[str, ...] = ()
     note: str = ""
 
     @property
