@@ -170,6 +170,32 @@ SPECS: dict[str, TransformerSpec] = {
     ),
     "NucleusMoEImageTransformer2DModel": TransformerSpec(("transformer_blocks",), _TO_NORM_OUT),
     "QwenImage21Transformer2DModel": TransformerSpec(("transformer_blocks",), _TO_NORM_OUT),
+    # Images, one stream
+    "PixArtTransformer2DModel": TransformerSpec(("transformer_blocks",)),
+    "DiTTransformer2DModel": TransformerSpec(("transformer_blocks",), conditioning="class_labels"),
+    "SanaTransformer2DModel": TransformerSpec(("transformer_blocks",), _TO_NORM_OUT),
+    "Lumina2Transformer2DModel": TransformerSpec(("layers",), rising=True),
+    "ZImageTransformer2DModel": TransformerSpec(
+        ("layers",), (Stream("x", "all_final_layer"),), timestep="t", rising=True, conditioning="cap_feats"
+    ),
+    "CogView4Transformer2DModel": TransformerSpec(("transformer_blocks",), outputs=_TEXT_LAST),
+    "CogView3PlusTransformer2DModel": TransformerSpec(("transformer_blocks",), outputs=_TEXT_LAST),
+    "OmniGenTransformer2DModel": TransformerSpec(("layers",), rising=True, conditioning="input_ids"),
+    "HunyuanDiT2DModel": TransformerSpec(("blocks",), full_only=("controlnet_block_samples",)),
+    "LuminaNextDiT2DModel": TransformerSpec(("layers",), rising=True),
+    "PRXTransformer2DModel": TransformerSpec(("blocks",)),
+    "ErnieImageTransformer2DModel": TransformerSpec(
+        ("layers",), (Stream("x"),), tokens_first=True, conditioning="text_bth"
+    ),
+    "GlmImageTransformer2DModel": TransformerSpec(("transformer_blocks",), outputs=_TEXT_LAST),
+    "Krea2Transformer2DModel": TransformerSpec(("transformer_blocks",)),
+    "Ideogram4Transformer2DModel": TransformerSpec(("layers",), rising=True),
+    "JoyImageEditTransformer3DModel": TransformerSpec(("double_blocks",), outputs=_TEXT_LAST),
+    "JoyImageEditPlusTransformer3DModel": TransformerSpec(("double_blocks",), outputs=_TEXT_LAST),
+    "PriorTransformer": TransformerSpec(
+        ("transformer_blocks",), conditioning="proj_embedding",
+        note="A pipeline's UNet, where there is one behind the prior, runs in full.",
+    ),
 }  # fmt: skip
 
 REFUSED: dict[str, str] = {
