@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -202,8 +203,15 @@ def test_without_effect_warns_with_the_reason() -> None:
         Driver().run(residual=bad)
 
 
-def test_one_step_alone_does_not_warn() -> None:
-    Driver().run(1)
+def test_a_run_of_one_step_warns_but_not_one_step_that_nobody_calls_a_run() -> None:
+    with pytest.warns(TAPWarning, match="it had 1 step"):
+        Driver().run(1)
+    engine = Engine(CONFIG)
+    where = dataclasses.replace(call(0), is_last_step=None)
+    assert engine.begin(where)
+    engine.record(where, features(0), features(0))
+    engine.end(where, True, lambda: 1.0)
+    engine.finish()
 
 
 def test_report_prints_and_counts() -> None:

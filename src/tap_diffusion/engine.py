@@ -86,7 +86,8 @@ class Engine:
 
     def finish(self) -> None:
         """End the current trajectory, whether or not its last step was seen."""
-        if self._may_have_ended:  # rather than been interrupted
+        # It may also have been interrupted, and one step alone a look at images to edit, before the run (GLM-Image).
+        if self._may_have_ended and self.report.steps > 1:
             self._warn_if_without_effect()
         self.reset()
 
@@ -98,8 +99,8 @@ class Engine:
 
     def _warn_if_without_effect(self) -> None:
         report, config = self.report, self.config
-        if config.interval == 1 or report.predicted_calls or report.steps < 2:
-            return  # one step alone can be a look at images to edit, before the run (GLM-Image)
+        if config.interval == 1 or report.predicted_calls or not report.calls:
+            return
         if report.fallbacks:
             reason = "; ".join(f"{reason} ({count} calls)" for reason, count in report.fallbacks.items())
         else:
