@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import accelerate
+import accelerate  # type: ignore[import-untyped]
 import diffusers
 import pytest
 import torch
@@ -86,6 +86,10 @@ def test_group_offloading(name: str, level: str, enabled_first: bool) -> None:
     assert tap.report(model).predicted_steps > 0
 
 
+def raise_interrupt(*_: Any, **__: Any) -> Any:
+    raise KeyboardInterrupt
+
+
 @FAMILIES
 @pytest.mark.parametrize("enabled_first", [False, True])
 def test_model_offloading(name: str, enabled_first: bool) -> None:
@@ -105,10 +109,9 @@ def test_model_offloading(name: str, enabled_first: bool) -> None:
     tap.disable(model)
     assert torch.equal(denoise(model, CASES[name])[0], plain)
     assert hasattr(model, "_hf_hook")
-    moved = []
-    model._hf_hook.pre_forward = lambda module, *args, **kwargs: (moved.append(1), (args, kwargs))[1]
-    denoise(model, CASES[name], stop=1)
-    assert moved, "the hook of accelerate is gone"
+    model._hf_hook.pre_forward = raise_interrupt
+    with pytest.raises(KeyboardInterrupt):  # the hook of accelerate still works
+        denoise(model, CASES[name])
 
 
 @FAMILIES
@@ -401,7 +404,11 @@ class TestSchedulersAndGuidance:
 
     def test_skip_layer_guidance(self, pipe: Any) -> None:
         """A further branch without some layers, which only some of the steps have."""
-        layers = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 0.6}
+        layers: dict[str, Any] = {
+            "skip_guidance_layers": [1],
+            "skip_layer_guidance_start": 0.0,
+            "skip_layer_guidance_stop": 0.6,
+        }
         plain, without = self.sample(pipe, **layers), self.sample(pipe)
         with tap.enabled(pipe, CONFIG):
             accelerated = self.sample(pipe, **layers)

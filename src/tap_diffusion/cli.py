@@ -89,7 +89,7 @@ def generate(
 ) -> None:
     """Generate pictures with TAP, beside those of the plain model if wanted.
 
-    Example: tap generate "red apple" "popcorn" --interval 8 --compare
+    Example: tap generate "red apple" "green frog face" --interval 8 --compare
     """
     try:
         wanted = _prompts(prompts or [], prompt_file)

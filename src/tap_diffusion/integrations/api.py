@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -90,11 +91,12 @@ def enable(target: DiffusionPipeline | nn.Module, config: TAPConfig | None = Non
         apply_tap(transformer, config)
     if not isinstance(target, nn.Module):
         pipeline = weakref.ref(target)
-        hooks = [_hook(transformer) for transformer in transformers]
+        hooks = [hook for hook in map(_hook, transformers) if hook is not None]
         for hook in hooks:
-            assert hook is not None
-            hook.tracker.schedulers.append(lambda: getattr(pipeline(), "scheduler", None))
-            hook.peers = [other for other in hooks if other is not None and other is not hook]
+            hook.peers = [other for other in hooks if other is not hook]
+            for name in target.components:
+                if name.endswith("scheduler"):  # users replace it, so it is looked up anew
+                    hook.tracker.schedulers.append(partial(_component, pipeline, name))
 
 
 def disable(target: DiffusionPipeline | nn.Module) -> None:
@@ -145,6 +147,10 @@ def _transformers(target: DiffusionPipeline | nn.Module) -> list[nn.Module]:
             f"{type(target).__name__} has a UNet; TAP needs a transformer, whose blocks share one residual stream"
         )
     raise UnsupportedModelError(f"{type(target).__name__} has no transformer that TAP could accelerate")
+
+
+def _component(pipeline: weakref.ref[DiffusionPipeline], name: str) -> Any:
+    return getattr(pipeline(), name, None)
 
 
 def _uncompiled(module: nn.Module) -> nn.Module:
