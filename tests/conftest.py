@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -8,6 +9,9 @@ from diffusers import FluxPipeline
 
 from tap_diffusion.demo import EMOJI
 from tiny import build_pipeline
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores, and the models are tiny
 
 
 @pytest.fixture

@@ -93,7 +93,8 @@ SETUPS = {
     ),
     "SanaPipeline": Setup(
         "SanaTransformer2DModel",
-        embeddings("prompt_attention_mask") | {"height": 128, "width": 128, "use_resolution_binning": False, "negative_prompt": None},
+        embeddings("prompt_attention_mask")
+        | {"height": 128, "width": 128, "use_resolution_binning": False, "negative_prompt": None},
         scheduler=lambda: diffusers.DPMSolverMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True
         ),
