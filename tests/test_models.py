@@ -124,6 +124,17 @@ class TestModuleOutsideDiffusers:
         tap.disable(dit)
         assert torch.equal(self.sample(dit), plain)
 
+    def test_blocks_exchanged_while_enabled_are_noticed(self, dit: DiT) -> None:
+        torch.manual_seed(1)
+        others = DiT().eval().requires_grad_(False).blocks
+        tap.apply_tap(dit, self.CONFIG, blocks="blocks")
+        before = self.sample(dit)
+        dit.blocks[2] = others[2]
+        after = self.sample(dit)
+        assert not torch.equal(after, before)
+        tap.apply_tap(dit, self.CONFIG, blocks="blocks")
+        assert torch.equal(self.sample(dit), after)
+
     def test_what_does_not_fit_is_named(self, dit: DiT) -> None:
         with pytest.raises(tap.UnsupportedModelError, match=r"DiT is not known to TAP.*blocks="):
             tap.enable(dit)

@@ -50,7 +50,7 @@ def apply_tap(
         UnsupportedModelError: the class is not known and no blocks are named, or it can't be accelerated.
         ValueError: another cache of diffusers is enabled on it.
     """
-    module = _uncompiled(module)
+    module = _unwrapped(module)
     if spec is None:
         spec = _spec(module) if blocks is None else _inferred_spec(module, blocks, probe)
     Depth(module, spec)  # raises where this one lacks what its class should have
@@ -133,15 +133,15 @@ def report(target: DiffusionPipeline | nn.Module) -> Report:
 def _transformers(target: DiffusionPipeline | nn.Module) -> list[nn.Module]:
     """The transformers that denoise."""
     if isinstance(target, nn.Module):
-        return [_uncompiled(target)]
+        return [_unwrapped(target)]
     components = getattr(target, "components", {})
-    found = [_uncompiled(part) for part in components.values() if isinstance(part, nn.Module)]
+    found = [_unwrapped(part) for part in components.values() if isinstance(part, nn.Module)]
     known = [part for part in found if type(part).__name__ in SPECS]
     if known:
         return known
     transformer = getattr(target, "transformer", None)
     if isinstance(transformer, nn.Module):
-        return [_uncompiled(transformer)]
+        return [_unwrapped(transformer)]
     if getattr(target, "unet", None) is not None:
         raise UnsupportedModelError(
             f"{type(target).__name__} has a UNet; TAP needs a transformer, whose blocks share one residual stream"
@@ -153,7 +153,7 @@ def _component(pipeline: weakref.ref[DiffusionPipeline], name: str) -> Any:
     return getattr(pipeline(), name, None)
 
 
-def _uncompiled(module: nn.Module) -> nn.Module:
+def _unwrapped(module: nn.Module) -> nn.Module:
     """What torch.compile wraps."""
     original = getattr(module, "_orig_mod", module)
     assert isinstance(original, nn.Module)

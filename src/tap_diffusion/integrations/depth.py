@@ -75,12 +75,16 @@ class Depth:
         self._full = self._guises(full=True)
         self._predicted = self._guises(full=False)
         self._originals = {place: self._get(place) for place in self._full | self._predicted}
+        self._blocks = self._all_blocks()
 
     def is_current(self) -> bool:
         """Whether the module still holds what it held when this was made."""
-        return self._get(self.spec.blocks[0])[0] is self.first and all(
+        return self._all_blocks() == self._blocks and all(
             self._get(place) is original for place, original in self._originals.items()
         )
+
+    def _all_blocks(self) -> list[nn.Module]:
+        return [block for name in self.spec.blocks for block in self._get(name)]
 
     @contextmanager
     def watched(
