@@ -99,6 +99,28 @@ SETUPS = {
             prediction_type="flow_prediction", use_flow_sigmas=True
         ),
     ),
+    # Perturbed-attention guidance: a third branch, in the same batch.
+    "StableDiffusion3PAGPipeline": Setup(
+        "SD3Transformer2DModel",
+        embeddings()
+        | {
+            "pooled_prompt_embeds": text(16), "negative_pooled_prompt_embeds": text(16, seed=1), "pag_scale": 2.0,
+            "height": 64, "width": 64,
+        },
+        components=lambda: {"pag_applied_layers": "blocks.1"},
+        missing=("vae", *(f"{part}{i}" for part in ("text_encoder", "tokenizer") for i in ("", "_2", "_3"))),
+    ),
+    "PixArtSigmaPAGPipeline": Setup(
+        "PixArtTransformer2DModel",
+        embeddings("prompt_attention_mask")
+        | {
+            "height": 64, "width": 64, "use_resolution_binning": False, "prompt": None, "negative_prompt": None,
+            "pag_scale": 2.0,
+        },
+        changes={"use_additional_conditions": False},
+        components=lambda: {"pag_applied_layers": "blocks.1"},
+        scheduler=diffusers.DPMSolverMultistepScheduler,
+    ),
     "ZImagePipeline": Setup(
         "ZImageTransformer2DModel",
         {

@@ -14,13 +14,15 @@ import diffusers
 import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
+from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from torch import Tensor
 
 import tap_diffusion as tap
 import zoo.paper  # noqa: F401 (registers its cases)
 from tap_diffusion.schedule import full_steps
 from zoo import CASES, Conditions, build, denoise, evaluate, start
-from zoo.checks import CONFIG
+from zoo.checks import A_LITTLE_LATER, CONFIG, REUSE
 
 pytestmark = pytest.mark.slow
 FAMILIES = pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel"])
@@ -289,6 +291,49 @@ def test_controlnet_in_qwen_image_and_sd3() -> None:
             outputs.append(model(**inputs, return_dict=False)[0])
         assert tap.report(model).predicted_steps == 1
         assert (outputs[1] - outputs[0]).norm() / outputs[0].norm() < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("name", "processor"),
+    [
+        (
+            "FluxTransformer2DModel",
+            lambda: FluxIPAdapterAttnProcessor(hidden_size=32, cross_attention_dim=16, num_tokens=(4,), scale=[1.0]),
+        ),
+        (
+            "SD3Transformer2DModel",
+            lambda: SD3IPAdapterJointAttnProcessor2_0(
+                hidden_size=32, ip_hidden_states_dim=16, head_dim=16, timesteps_emb_dim=32
+            ),
+        ),
+    ],
+)
+def test_ip_adapter(name: str, processor: Any) -> None:
+    """Image features enter the attention of each block: part of the depth, and so of the residual."""
+    model, case = build(name), CASES[name]
+    torch.manual_seed(0)
+    for block in model.transformer_blocks:
+        block.attn.set_processor(processor().requires_grad_(False))
+
+    def inputs(z: Tensor, t: Tensor, given: Conditions) -> dict[str, Any]:
+        arguments = case.inputs(z, t, given)
+        if "Flux" in name:
+            return arguments | {"joint_attention_kwargs": {"ip_hidden_states": [given(4, 16)]}}
+        return arguments | {"joint_attention_kwargs": {"ip_hidden_states": given(4, 16), "temb": given(32)}}
+
+    with_images = dataclasses.replace(case, inputs=inputs)
+    plain = denoise(model, with_images)[0]
+    z, conditions = start(case), Conditions(0, 1, torch.float32)
+    with tap.enabled(model, REUSE):
+        full = evaluate(model, with_images, z, 0.7, conditions)
+        predicted = evaluate(model, with_images, z, A_LITTLE_LATER * 0.7, conditions)
+        assert tap.report(model).predicted_steps == 1
+    assert (predicted - full).norm() / full.norm() < 1e-2
+    with tap.enabled(model, CONFIG):
+        accelerated = denoise(model, with_images)[0]
+        assert tap.report(model).predicted_steps > 0
+        assert torch.equal(denoise(model, with_images)[0], accelerated)
+    assert torch.equal(denoise(model, with_images)[0], plain)
 
 
 class TestWan22:
