@@ -135,6 +135,13 @@ class TestModuleOutsideDiffusers:
         tap.apply_tap(dit, self.CONFIG, blocks="blocks")
         assert torch.equal(self.sample(dit), after)
 
+    def test_a_probe_of_other_tokens_and_a_missing_time_are_named(self, dit: DiT) -> None:
+        tap.apply_tap(dit, self.CONFIG, blocks="blocks", probe="modulation")  # (B, D)
+        with pytest.raises(tap.UnsupportedModelError, match=r"DiT: the probe has \(1, 2\).*\(2, 16\).*first_block"):
+            self.sample(dit)
+        with pytest.raises(ValueError, match="DiT got no t"):
+            dit(torch.zeros(1, 16, 4), t=None, y=torch.tensor([1]))
+
     def test_what_does_not_fit_is_named(self, dit: DiT) -> None:
         with pytest.raises(tap.UnsupportedModelError, match=r"DiT is not known to TAP.*blocks="):
             tap.enable(dit)

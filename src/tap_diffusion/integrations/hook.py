@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tap_diffusion.compiling import uncompiled_itself
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.engine import Engine, Fallback
+from tap_diffusion.errors import UnsupportedModelError
 from tap_diffusion.integrations.depth import Depth, Streams, named
 from tap_diffusion.integrations.models import TransformerSpec
 from tap_diffusion.reporting import stopwatch
@@ -43,7 +44,9 @@ class TAPHook(ModelHook):
         if self._depth is None or not self._depth.is_current():
             self._depth = Depth(module, self.spec)
         try:
-            timestep = arguments[self.spec.timestep]
+            timestep = arguments.get(self.spec.timestep)
+            if timestep is None:
+                raise ValueError(f"{type(module).__name__} got no {self.spec.timestep}, by which TAP tells its steps")
             call = self.tracker.locate(
                 timestep, self._branch(), arguments.get(self.spec.conditioning), rising=self.spec.rising
             )
@@ -63,7 +66,8 @@ class TAPHook(ModelHook):
                         peer.engine.finish()
         except BaseException:  # an interrupt as well: nothing of a broken trajectory may reach the next
             for hook in (self, *self.peers):
-                hook.reset_state(module)
+                hook.engine.reset()
+                hook.tracker.reset()
             raise
         return output
 
@@ -81,8 +85,8 @@ class TAPHook(ModelHook):
         raise RuntimeError("a model can't be pickled while TAP is enabled on it; call tap.disable(...) first")
 
     def reset_state(self, module: nn.Module) -> nn.Module:
-        """Forget the current trajectory."""
-        self.engine.reset()
+        """Forget the current trajectory. diffusers calls this at the end of each run of a pipeline."""
+        self.engine.finish()
         self.tracker.reset()
         return module
 
@@ -144,7 +148,14 @@ class TAPHook(ModelHook):
     def _probes(self, depth: Depth, arguments: dict[str, Any], output: Any = None) -> Streams:
         """Probe features h of each stream, (B, N, D'); the first block's output is computed where it is not given."""
         if self.spec.probe and self.engine.config.probe == "modulated_input":
-            return {self.spec.streams[0].argument: _flat(depth.attention_input(arguments))}
+            name = self.spec.streams[0].argument
+            h, x = _flat(depth.attention_input(arguments)), self._tokens(arguments[name])
+            if h.shape[:2] != x.shape[:2]:
+                raise UnsupportedModelError(
+                    f"{type(depth.module).__name__}: the probe has {tuple(h.shape[:2])} tokens and the stream"
+                    f" {tuple(x.shape[:2])}; use TAPConfig(probe='first_block')"
+                )
+            return {name: h}
         after = depth.streams_of(depth.first(**arguments) if output is None else output)
         return {name: self._tokens(after[name] - x) for name, x in self._streams(arguments).items()}
 

@@ -1,0 +1,1 @@
+"""Models and measurements for comparing acceleration methods."""
