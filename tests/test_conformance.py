@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import pkgutil
 from collections.abc import Callable
 
 import pytest
 import torch
 
 import tap_diffusion as tap
-import zoo
 from tap_diffusion.engine import Engine
 from tap_diffusion.integrations.depth import Depth
 from tap_diffusion.integrations.models import SPECS
@@ -19,9 +16,6 @@ from tap_diffusion.tracking import StepTracker
 from zoo import CASES, checks, class_of
 
 Fault = Callable[[pytest.MonkeyPatch], None]
-
-for info in pkgutil.iter_modules(zoo.__path__):
-    importlib.import_module(f"zoo.{info.name}")
 
 CHECKS = [function for name, function in vars(checks).items() if name.startswith("check_")]
 

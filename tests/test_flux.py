@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tap_diffusion as tap
 from tap_diffusion import TAPConfig, TAPWarning, UnsupportedModelError
 from tap_diffusion.schedule import full_steps
-from tiny import TOKENS, build_pipeline, build_transformer, count_calls, sample
+from tiny import TOKENS, build_pipeline, build_transformer, count_calls, engine_of, interrupt_at, sample
 
 CONFIGS = {
     "paper": TAPConfig.paper(4),
@@ -107,15 +107,6 @@ class TestPromise1:
             with torch.no_grad():
                 plain = pipe.transformer(**kwargs)[0]
             assert torch.equal(plain, output) == (step in schedule)
-
-
-def interrupt_at(step: int) -> Any:
-    def callback(_: Any, i: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
-        if i == step:
-            raise KeyboardInterrupt
-        return values
-
-    return callback
 
 
 class TestPromise2:
@@ -257,17 +248,13 @@ class TestPromise4:
             tap.enable(pipe, TAPConfig(interval=4, orders=orders))
             sample(pipe, **guidance)
             report = tap.report(pipe)
-            assert hook_of(pipe).engine.cache_bytes == 0
+            assert engine_of(pipe.transformer).cache_bytes == 0
             used.add(report.cache_bytes)
         stream = 64 * 32 * 4
         anchors = len(orders)
         gram = 64 * anchors**2 * 4 if anchors > 1 else 0
         kinds = 2 if anchors > 1 else 1
         assert used == {branches * (kinds * anchors * stream + gram)}
-
-
-def hook_of(pipe: Any) -> Any:
-    return pipe.transformer._diffusers_hook.get_hook("tap_diffusion")
 
 
 class TestPromise5:
@@ -493,7 +480,7 @@ def test_every_flux_pipeline(name: str) -> None:
     assert report.steps == steps
     assert report.full_steps == len(full_steps(steps, 4, 3))
     assert not report.fallbacks
-    assert hook_of(pipe).engine.cache_bytes == 0
+    assert engine_of(pipe.transformer).cache_bytes == 0
     assert torch.equal(sample(pipe, **arguments), accelerated)
     error = (accelerated - plain).norm() / plain.norm()
     assert 0 < error < 0.3
@@ -557,7 +544,7 @@ def test_a_replaced_scheduler_is_noticed(pipe: Any) -> None:
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=3.0)
     assert not torch.equal(sample(pipe), first)
     assert tap.report(pipe).steps == 20
-    assert hook_of(pipe).engine.cache_bytes == 0
+    assert engine_of(pipe.transformer).cache_bytes == 0
 
 
 def test_gradients_may_be_on(pipe: Any) -> None:
@@ -569,6 +556,6 @@ def test_gradients_may_be_on(pipe: Any) -> None:
     }  # fmt: skip
     for i in range(5):
         transformer(hidden_states=torch.randn(1, 16, 16), timestep=torch.tensor([1 - i / 5]), **arguments)
-    history = hook_of(pipe).engine._histories["#0"]["hidden_states"]
+    history = engine_of(pipe.transformer)._histories["#0"]["hidden_states"]
     assert not any(tensor.requires_grad for tensor in history.residual + history.probe)
     tap.disable(transformer)

@@ -11,7 +11,6 @@ from diffusers.models.transformers import transformer_flux2, transformer_qwenima
 from torch import Tensor
 
 import tap_diffusion as tap
-import zoo.joint  # noqa: F401
 from zoo import CASES, Conditions, build, start
 
 CONFIG = tap.TAPConfig(interval=4, warmup=2, orders=(0,), horizon_span=0)

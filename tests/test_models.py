@@ -9,10 +9,12 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import tap_diffusion as tap
+from tap_diffusion import cli
 from tap_diffusion.cli import app
 from tap_diffusion.integrations import catalog
 from tap_diffusion.integrations.models import REFUSED, SPECS
@@ -31,6 +33,14 @@ class TestCatalog:
         entries = json.loads(result.stdout)
         assert sum(entry["status"] == "works" for entry in entries) >= 60
         assert all(entry["note"] for entry in entries if entry["status"] == "refused")
+
+    def test_the_table_shows_notes_and_reasons(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cli, "console", Console(width=400))
+        result = CliRunner().invoke(app, ["models"])
+        assert result.exit_code == 0
+        for text in (SPECS["PriorTransformer"].note, REFUSED["UVit2DModel"], "Sana and 4 more"):
+            assert text in result.stdout
+        assert f"{len(SPECS)} of {len(SPECS) + len(REFUSED)} work" in result.stdout
 
     def test_pipelines_are_found(self) -> None:
         entries = {entry.name: entry for entry in catalog.catalog()}

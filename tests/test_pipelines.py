@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,13 +13,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 import tap_diffusion as tap
-import zoo
 from tap_diffusion.schedule import full_steps
+from tiny import engine_of
 from zoo import build
 from zoo.checks import CONFIG
-
-for info in pkgutil.iter_modules(zoo.__path__):
-    importlib.import_module(f"zoo.{info.name}")
 
 pytestmark = pytest.mark.slow
 
@@ -165,7 +160,7 @@ def test_pipeline(name: str) -> None:
         assert report.full_calls == setup.branches * len(full_steps(steps, CONFIG.interval, CONFIG.warmup))
         assert len(report.calls) == setup.branches * steps
         assert not report.fallbacks
-        assert pipe.transformer._diffusers_hook.get_hook("tap_diffusion").engine.cache_bytes == 0
+        assert engine_of(pipe.transformer).cache_bytes == 0
         assert torch.equal(sample(), accelerated)
     assert not torch.equal(accelerated, plain)
     assert torch.equal(sample(), plain)

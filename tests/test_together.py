@@ -19,8 +19,8 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 from torch import Tensor
 
 import tap_diffusion as tap
-import zoo.paper  # noqa: F401 (registers its cases)
 from tap_diffusion.schedule import full_steps
+from tiny import engine_of, interrupt_at
 from zoo import CASES, Conditions, build, denoise, evaluate, start
 from zoo.checks import A_LITTLE_LATER, CONFIG, REUSE
 
@@ -231,7 +231,7 @@ def test_overflow_in_float16(name: str) -> None:
     z, conditions = start(case, dtype=torch.float16), Conditions(100, 1, torch.float16)
     for step in range(4):
         if step == 3:
-            history = model._diffusers_hook.get_hook("tap_diffusion").engine._histories["#0"]
+            history = engine_of(model)._histories["#0"]
             next(iter(history.values())).residual[1].fill_(60000)
         velocity = evaluate(model, case, z, 1 - step / 12, conditions)
         assert velocity.isfinite().all()
@@ -375,7 +375,7 @@ class TestWan22:
             first = self.sample(pipe)
             report = tap.report(pipe)
             for transformer in (pipe.transformer, pipe.transformer_2):
-                engine = transformer._diffusers_hook.get_hook("tap_diffusion").engine
+                engine = engine_of(transformer)
                 assert engine.report.predicted_steps > 0
                 assert engine.cache_bytes == 0
                 engines.append(engine)
@@ -389,15 +389,6 @@ class TestWan22:
                     self.sample(pipe, callback_on_step_end=interrupt_at(stop))
                 assert torch.equal(self.sample(pipe), first)
         assert torch.equal(self.sample(pipe), plain)
-
-
-def interrupt_at(step: int) -> Any:
-    def callback(pipe: Any, i: int, t: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if i == step:
-            raise KeyboardInterrupt
-        return kwargs
-
-    return callback
 
 
 class TestSchedulersAndGuidance:
@@ -434,7 +425,7 @@ class TestSchedulersAndGuidance:
             report = tap.report(pipe)
             assert report.steps == len(pipe.scheduler.timesteps) == 23
             assert report.full_steps == len(full_steps(23, CONFIG.interval, CONFIG.warmup))
-            assert pipe.transformer._diffusers_hook.get_hook("tap_diffusion").engine.cache_bytes == 0
+            assert engine_of(pipe.transformer).cache_bytes == 0
             assert torch.equal(self.sample(pipe, 12), first)
         assert 0 < (first - plain).norm() / plain.norm() < 0.5
 
@@ -461,6 +452,6 @@ class TestSchedulersAndGuidance:
             assert report.full_steps == len(full_steps(20, CONFIG.interval, CONFIG.warmup))
             assert not report.fallbacks
             assert torch.equal(self.sample(pipe, **layers), accelerated)
-            assert pipe.transformer._diffusers_hook.get_hook("tap_diffusion").engine.cache_bytes == 0
+            assert engine_of(pipe.transformer).cache_bytes == 0
         assert (accelerated - plain).norm() < (accelerated - without).norm()
         assert torch.equal(self.sample(pipe, **layers), plain)

@@ -212,3 +212,16 @@ def test_keeps_no_embeddings_alive() -> None:
     del embedding
     gc.collect()
     assert alive() is None
+
+
+def test_a_scheduler_known_twice_counts_once() -> None:
+    """As after enabling a pipeline again: what is trusted for being the only scheduler stays so."""
+    run = Run()
+    tracker = knowing(run.scheduler, run.scheduler)
+    calls = []
+    for t in run.timesteps:
+        sigma = t / 1000
+        calls.append(tracker.locate(7 + sigma.log(), None, run.embeddings[0]))  # a time of the pipeline's own making
+        run.scheduler.step(torch.zeros(1, 4), t, torch.zeros(1, 4))
+    assert steps(calls) == FIVE
+    assert [call.is_last_step for call in calls] == [False] * 4 + [True]

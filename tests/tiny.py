@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from tap_diffusion.demo.train import build_tokenizers
+from tap_diffusion.engine import Engine
 
 WORDS = ["red apple", "green frog face", "blue book"]
 TOKENS = 6  # of a caption
@@ -73,6 +74,23 @@ def sample(pipe: Any, prompt: str | list[str] = "red apple", seed: int = 0, step
     }  # fmt: skip
     result: Tensor = pipe(prompt=prompt, **arguments | more).images
     return result
+
+
+def engine_of(transformer: Any) -> Engine:
+    """TAP's engine on a transformer where it is enabled."""
+    engine: Engine = transformer._diffusers_hook.get_hook("tap_diffusion").engine
+    return engine
+
+
+def interrupt_at(step: int) -> Any:
+    """A pipeline's ``callback_on_step_end`` that raises KeyboardInterrupt."""
+
+    def callback(_: Any, i: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if i == step:
+            raise KeyboardInterrupt
+        return values
+
+    return callback
 
 
 def count_calls(module: torch.nn.Module) -> list[int]:

@@ -139,15 +139,22 @@ def models(
     elif as_markdown:
         typer.echo(catalog.as_markdown(entries), nl=False)
     else:
-        table = Table("class", "status", "probe", "stream", "used by; or why not")
+        works = [entry for entry in entries if entry.status == "works"]
+        table = Table("works", "probe", "stream", "used by")
+        table.columns[0].no_wrap, table.columns[-1].overflow = True, "fold"
+        for entry in works:
+            used_by = min(entry.families, key=len, default="")
+            if len(entry.families) > 1:
+                used_by += f" and {len(entry.families) - 1} more"
+            table.add_row(entry.name, entry.probe, entry.stream, f"{used_by}\n{entry.note}".strip())
+        console.print(table)
+        table = Table("not accelerated", "reason")
         table.columns[0].no_wrap = True
         for entry in entries:
-            more = f" and {len(entry.pipelines) - 1} more" if len(entry.pipelines) > 1 else ""
-            about = (entry.pipelines[0] + more if entry.pipelines else "") if entry.status == "works" else entry.note
-            colour = "green" if entry.status == "works" else "red"
-            table.add_row(entry.name, f"[{colour}]{entry.status}[/]", entry.probe, entry.stream, about)
+            if entry not in works:
+                table.add_row(entry.name, entry.note or entry.status)
         console.print(table)
-        console.print(f"{sum(entry.status == 'works' for entry in entries)} of {len(entries)} work")
+        console.print(f"{len(works)} of {len(entries)} work")
 
 
 def _prompts(given: list[str], file: Path | None) -> list[str]:

@@ -157,10 +157,11 @@ class StepTracker:
         return known[0] if self._guessed else None
 
     def _known(self) -> list[Any]:
-        found = [scheduler() for scheduler in self.schedulers]
+        # One scheduler may be known more than once: by pipelines that share it, or by one that was enabled again.
+        found = {id(scheduler): scheduler for scheduler in (get() for get in self.schedulers)}
         return [
             scheduler
-            for scheduler in found
+            for scheduler in found.values()
             if isinstance(getattr(scheduler, "timesteps", None), Tensor) and scheduler.timesteps is not self._idle
         ]
 

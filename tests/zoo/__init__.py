@@ -6,6 +6,8 @@ A file here holds the cases of some classes; ``CASES`` collects them.
 from __future__ import annotations
 
 import contextlib
+import importlib
+import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -137,3 +139,7 @@ def denoise(
                 velocity = evaluate(model, case, latents[i], 1 - step / steps, conditions[i])
             latents[i] = latents[i] - velocity / steps
     return latents
+
+
+for _info in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_info.name}")

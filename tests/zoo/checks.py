@@ -14,6 +14,7 @@ import tap_diffusion as tap
 from tap_diffusion.integrations.depth import named
 from tap_diffusion.integrations.models import SPECS, Stream, TransformerSpec
 from tap_diffusion.schedule import full_steps
+from tiny import engine_of
 from zoo import CASES, Conditions, build, class_of, denoise, evaluate, start
 
 # Fewer warm-up steps than anchors, so that anchors of another trajectory would have a say.
@@ -71,16 +72,9 @@ def check_same_input(name: str) -> None:
         assert tap.report(model).predicted_steps == 1
     error = (predicted - full).norm() / full.norm()
     assert error < 1e-2, f"relative error {error:.3f}"
-    with _residual_left_out(name, model):
+    with _stream_into_head(name, model, lambda argument, entered, left: entered[argument]):
         bare = evaluate(model, case, z, 0.7, conditions)
     assert (bare - full).norm() / full.norm() > 0.05, "the depth has no effect that could be tested"
-
-
-@contextmanager
-def _residual_left_out(name: str, model: nn.Module) -> Iterator[None]:
-    """The plain model with the head applied to what entered the first block."""
-    with _stream_into_head(name, model, lambda argument, entered: entered[argument]):
-        yield
 
 
 @contextmanager
@@ -88,7 +82,8 @@ def _stream_into_head(name: str, model: nn.Module, make: Any) -> Iterator[None]:
     """The plain model, all blocks running, with another stream put before its head (or out of its last block).
 
     Args:
-        make: (name of the stream, first block's streams by name) -> the stream, or None to leave it alone.
+        make: (name of the stream, first block's streams by name, this stream as it left the blocks) -> the stream that
+            takes its place.
     """
     spec = spec_of(name)
     blocks = blocks_of(name, model)
@@ -96,29 +91,30 @@ def _stream_into_head(name: str, model: nn.Module, make: Any) -> Iterator[None]:
 
     def enter(block: nn.Module, args: Any, kwargs: Any) -> None:
         arguments = named(block, args, kwargs)
-        entered.update({stream.argument: arguments[stream.argument] for stream in spec.streams})
+        entered.update({stream.argument: arguments[stream.argument].clone() for stream in spec.streams})
+
+    def exchanged(stream: Stream, value: Tensor) -> Tensor:
+        length = entered[stream.argument].shape[1] if stream.behind_text else value.shape[1]
+        text, left = value.tensor_split([value.shape[1] - length], dim=1)
+        new = make(stream.argument, entered, left).reshape(left.shape).to(left.dtype)
+        return torch.cat([text, new], dim=1)
 
     handles = [blocks[0].register_forward_pre_hook(enter, with_kwargs=True)]
     for stream in spec.streams:
 
         def before(head: nn.Module, args: Any, kwargs: Any, stream: Stream = stream) -> Any:
-            key = None if args else next(iter(kwargs))
-            value = args[0] if args else kwargs[key]
-            new = make(stream.argument, entered)
-            if new is None:
-                return None
-            if stream.behind_text:
-                new = torch.cat([value[:, : -new.shape[1]], new], dim=1)
-            new = new.reshape(value.shape).to(value.dtype)
-            return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, key: new})
+            if args:
+                return (exchanged(stream, args[0]), *args[1:]), kwargs
+            key = next(iter(kwargs))
+            return args, {**kwargs, key: exchanged(stream, kwargs[key])}
 
-        def after(block: nn.Module, args: Any, output: Any, argument: str = stream.argument) -> Any:
-            new = make(argument, entered)
-            if new is None:
-                return None
+        def after(block: nn.Module, args: Any, output: Any, stream: Stream = stream) -> Any:
             if isinstance(output, Tensor):
-                return new
-            return tuple(new if n == argument else o for n, o in zip(spec.outputs, output, strict=True))
+                return exchanged(stream, output)
+            return tuple(
+                exchanged(stream, value) if argument == stream.argument else value
+                for argument, value in zip(spec.outputs, output, strict=True)
+            )
 
         if stream.head is None:
             handles.append(blocks[-1].register_forward_hook(after))
@@ -148,52 +144,19 @@ def check_recomputation(name: str) -> None:
         assert tap.report(model).predicted_steps == 1
     residuals: dict[str, Tensor] = {}
     conditions = Conditions(0, 1, torch.float32)
-    with _observed_stream(name, model) as (entered, left):
+
+    def observe(argument: str, entered: dict[str, Tensor], left: Tensor) -> Tensor:
+        residuals[argument] = left.reshape(entered[argument].shape) - entered[argument]
+        return left
+
+    def recompute(argument: str, entered: dict[str, Tensor], left: Tensor) -> Tensor:
+        return entered[argument] + residuals[argument]
+
+    with _stream_into_head(name, model, observe):
         evaluate(model, case, z[0], 0.7, conditions)
-        for stream in spec_of(name).streams:
-            x, after = entered[stream.argument], left[stream.argument]
-            if stream.behind_text:
-                after = after[:, -x.shape[1] :]
-            residuals[stream.argument] = after.reshape(x.shape) - x
-    with _stream_into_head(name, model, lambda argument, entered: entered[argument] + residuals[argument]):
+    with _stream_into_head(name, model, recompute):
         expected = evaluate(model, case, z[1], 0.6, conditions)
     torch.testing.assert_close(predicted, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-
-
-@contextmanager
-def _observed_stream(name: str, model: nn.Module) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    entered: dict[str, Tensor] = {}
-    left: dict[str, Tensor] = {}
-    spec = spec_of(name)
-
-    def look(argument: str, now: dict[str, Tensor]) -> None:
-        entered.update({k: v.clone() for k, v in now.items()})
-
-    handles = []
-    for stream in spec.streams:
-        if stream.head is None:
-
-            def after(_: nn.Module, args: Any, output: Any, argument: str = stream.argument) -> None:
-                outputs = (
-                    {argument: output} if isinstance(output, Tensor) else dict(zip(spec.outputs, output, strict=False))
-                )
-                left[argument] = outputs[argument].clone()
-
-            handles.append(blocks_of(name, model)[-1].register_forward_hook(after))
-        else:
-
-            def before(_: nn.Module, args: Any, kwargs: Any, argument: str = stream.argument) -> None:
-                left[argument] = (args[0] if args else next(iter(kwargs.values()))).clone()
-
-            head = attrgetter(stream.head)(model)
-            for module in head.values() if isinstance(head, nn.ModuleDict) else [head]:
-                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-    try:
-        with _stream_into_head(name, model, look):
-            yield entered, left
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def check_schedule(name: str) -> None:
@@ -226,7 +189,7 @@ def check_probe(name: str) -> None:
     kept: list[Tensor] = []
     compared: list[Tensor] = []
     with tap.enabled(model, CONFIG):
-        engine = model._diffusers_hook.get_hook("tap_diffusion").engine
+        engine: Any = engine_of(model)
         record, predict = engine.record, engine.predict
 
         def recording(call: Any, residual: Tensor, probe: Tensor, *more: Any) -> None:
@@ -340,7 +303,7 @@ def check_memory(name: str) -> None:
     handle.remove()
     tap.enable(model, CONFIG)
     denoise(model, case, branches=(1, 2))
-    engine = model._diffusers_hook.get_hook("tap_diffusion").engine
+    engine = engine_of(model)
     # Beside these, inner products of a few numbers per token, which count where the stream is as narrow as here.
     tokens = sum(choice.index.numel() for choice in tap.report(model).choices if choice.step == CONFIG.warmup)
     allowed = 2 * 2 * CONFIG.anchors * entered[0] + tokens * CONFIG.anchors**2 * 4

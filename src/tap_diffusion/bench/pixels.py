@@ -60,6 +60,4 @@ class PixelDiTPipeline(DiffusionPipeline):
                 noise = unconditional + guidance_scale * (conditional - unconditional)
             x = self.scheduler.step(noise, t, x, return_dict=False)[0]
         self.maybe_free_model_hooks()
-        processor = VaeImageProcessor(vae_scale_factor=1)
-        images = processor.postprocess(x.repeat_interleave(3, dim=1) if output_type == "pil" else x, output_type)
-        return ImagePipelineOutput(images=images)
+        return ImagePipelineOutput(images=VaeImageProcessor(vae_scale_factor=1).postprocess(x, output_type))

@@ -44,7 +44,8 @@ def apply_tap(
         config: defaults to ``TAPConfig()``.
         blocks: names of the lists of blocks, in the order in which they run.
         probe: child of the first block whose input is the probe; by default the first that looks like attention.
-        spec: tells everything, instead of ``blocks`` and ``probe``.
+        spec: a ``TransformerSpec`` (of :mod:`tap_diffusion.integrations.models`) that tells everything, instead of
+            ``blocks`` and ``probe``.
 
     Raises:
         UnsupportedModelError: the class is not known and no blocks are named, or it can't be accelerated.
@@ -53,14 +54,14 @@ def apply_tap(
     module = _unwrapped(module)
     if spec is None:
         spec = _spec(module) if blocks is None else _inferred_spec(module, blocks, probe)
-    Depth(module, spec)  # raises where this one lacks what its class should have
+    depth = Depth(module, spec)  # raises where this one lacks what its class should have
     if getattr(module, "is_cache_enabled", False):
         raise ValueError(
             f"{type(module).__name__} already uses diffusers' {type(module._cache_config).__name__};"
             " call its disable_cache() before enabling TAP"
         )
     previous = _hook(module)
-    hook = TAPHook(config or TAPConfig(), spec)
+    hook = TAPHook(config or TAPConfig(), depth)
     if previous is not None:
         hook.tracker.schedulers = previous.tracker.schedulers
         _remove(module)

@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import diffusers
@@ -35,6 +36,11 @@ class Entry:
     stream: str = ""
     note: str = ""
 
+    @property
+    def families(self) -> tuple[str, ...]:
+        """The pipelines without the word."""
+        return tuple(name.removesuffix("Pipeline") for name in self.pipelines)
+
     def to_dict(self) -> dict[str, object]:
         """As JSON takes it."""
         return asdict(self) | {"pipelines": list(self.pipelines)}
@@ -55,6 +61,7 @@ def _entry(name: str, pipelines: tuple[str, ...]) -> Entry:
     return Entry(name, pipelines, "refused" if name in REFUSED else "unknown", note=REFUSED.get(name, ""))
 
 
+@cache
 def _pipelines_by_component() -> dict[str, set[str]]:
     """Pipeline classes by the class names in the annotations of their constructors."""
     found: defaultdict[str, set[str]] = defaultdict(set)
@@ -89,14 +96,10 @@ def as_markdown(entries: list[Entry]) -> str:
         "",
         "| class | pipelines | probe | stream | to know |",
         "| --- | --- | --- | --- | --- |",
-        *(f"| {e.name} | {_list(e.pipelines)} | {e.probe} | `{e.stream}` | {e.note} |" for e in works),
+        *(f"| {e.name} | {', '.join(e.families)} | {e.probe} | `{e.stream}` | {e.note} |" for e in works),
         "",
         "| not accelerated | reason |",
         "| --- | --- |",
         *(f"| {entry.name} | {entry.note or 'not known'} |" for entry in others),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _list(pipelines: tuple[str, ...]) -> str:
-    return ", ".join(name.removesuffix("Pipeline") for name in pipelines)

@@ -13,7 +13,6 @@ from tap_diffusion.config import TAPConfig
 from tap_diffusion.engine import Engine, Fallback
 from tap_diffusion.errors import UnsupportedModelError
 from tap_diffusion.integrations.depth import Depth, Streams, named
-from tap_diffusion.integrations.models import TransformerSpec
 from tap_diffusion.reporting import stopwatch
 from tap_diffusion.tracking import Call, StepTracker
 
@@ -23,25 +22,25 @@ class TAPHook(ModelHook):
 
     Args:
         config: see :class:`TAPConfig`.
-        spec: of the transformer's class.
+        depth: of the transformer.
     """
 
     _is_stateful = True  # makes diffusers' `cache_context` tell this hook the name of the branch
 
-    def __init__(self, config: TAPConfig, spec: TransformerSpec) -> None:
+    def __init__(self, config: TAPConfig, depth: Depth) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec = depth.spec
         self.engine = Engine(config)
         self.tracker = StepTracker()
         self._context = StateManager(BaseState)
-        self._depth: Depth | None = None
+        self._depth = depth
         self.peers: list[TAPHook] = []  # of the pipeline's other transformers
 
     @uncompiled_itself
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Stand in for the transformer's forward."""
         arguments = named(module, args, kwargs)
-        if self._depth is None or not self._depth.is_current():
+        if not self._depth.is_current():
             self._depth = Depth(module, self.spec)
         try:
             timestep = arguments.get(self.spec.timestep)
