@@ -6,11 +6,13 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from tap_diffusion.errors import ConfigError
 from tap_diffusion.predictors import FAMILIES
+from tap_diffusion.schedule import is_full_step
 
 Loss = Literal["cosine", "l2", "relative_l2", "l1"]
 Granularity = Literal["token", "sample", "batch"]
@@ -27,6 +29,8 @@ class TAPConfig:
     Args:
         interval: after the warm-up, one step in this many is full (N of the paper). 1: every step is full.
         warmup: full steps at the start of each trajectory.
+        full_steps: exactly these steps are full, counted from the start of the trajectory, in place of ``interval``
+            and ``warmup``. The first step must be among them.
         family: predictors to choose from, a key of :data:`tap_diffusion.predictors.FAMILIES`.
         orders: orders of the candidates. Order 0 reuses the newest anchor; order m needs m + 1 anchors. With a
             single order and ``horizon_span=0`` nothing is left to choose: a fixed predictor, and no probe runs.
@@ -47,6 +51,7 @@ class TAPConfig:
 
     interval: int = 6
     warmup: int = 3
+    full_steps: tuple[int, ...] | None = None
     family: str = "taylor"
     orders: tuple[int, ...] = (0, 1, 2)
     horizon_span: float = 4.0
@@ -57,10 +62,22 @@ class TAPConfig:
     cache_dtype: CacheDType = "model"
 
     def __post_init__(self) -> None:
-        if isinstance(self.orders, list):  # what JSON makes of a tuple
-            object.__setattr__(self, "orders", tuple(self.orders))
+        for name in ("orders", "full_steps"):
+            if isinstance(value := getattr(self, name), list):  # what JSON makes of a tuple
+                object.__setattr__(self, name, tuple(value))
         self._require("interval", _is_int(self.interval) and self.interval >= 1, "an integer of at least 1")
         self._require("warmup", _is_int(self.warmup) and self.warmup >= 1, "an integer of at least 1")
+        self._require(
+            "full_steps",
+            self.full_steps is None
+            or (
+                isinstance(self.full_steps, tuple)
+                and all(_is_int(step) for step in self.full_steps)
+                and self.full_steps[:1] == (0,)
+                and all(a < b for a, b in pairwise(self.full_steps))
+            ),
+            "None or a tuple of rising integers that starts with 0",
+        )
         self._require("family", self.family in FAMILIES, _one_of(FAMILIES))
         self._require(
             "orders",
@@ -94,6 +111,17 @@ class TAPConfig:
             loss="cosine", granularity="token", probe="modulated_input",
         )  # fmt: skip
 
+    def is_full(self, step: int) -> bool:
+        """Whether a step of the trajectory is a full one."""
+        if self.full_steps is not None:
+            return step in self.full_steps
+        return is_full_step(step, self.interval, self.warmup)
+
+    @property
+    def predicts(self) -> bool:
+        """Whether any step of a trajectory that is long enough is predicted."""
+        return self.full_steps is not None or self.interval > 1
+
     @property
     def anchors(self) -> int:
         """Anchors that the candidates need: the largest order plus one."""
@@ -106,7 +134,8 @@ class TAPConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON takes them."""
-        return asdict(self) | {"orders": list(self.orders)}
+        values = asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TAPConfig:

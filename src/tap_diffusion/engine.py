@@ -21,7 +21,6 @@ from tap_diffusion.config import TAPConfig
 from tap_diffusion.errors import TAPWarning
 from tap_diffusion.predictors import Candidate, candidates, difference_matrix
 from tap_diffusion.reporting import Choice, Report
-from tap_diffusion.schedule import is_full_step
 from tap_diffusion.selection import choose, combine, combine_chosen, proxy_losses, proxy_losses_onepass
 from tap_diffusion.tracking import Call
 
@@ -45,6 +44,11 @@ class Engine:
         self._seen: dict[str, int] = {}  # last step of each branch
         self._may_have_ended = False
 
+    @property
+    def needs_probe(self) -> bool:
+        """Whether full steps are to record probe features."""
+        return self.config.chooses
+
     # ------------------------------------------------------------------------------------------------- trajectories
 
     def reset(self) -> None:
@@ -63,7 +67,7 @@ class Engine:
         if call.branch in self._doubts and self._doubts[call.branch].is_raised():
             self.fall_back(call, "non-finite values in a predicted step before")
             return True
-        if is_full_step(call.step, self.config.interval, self.config.warmup):
+        if self.config.is_full(call.step):
             return True
         if call.branch not in self._histories:
             self.fall_back(call, "no finite anchor")
@@ -99,10 +103,12 @@ class Engine:
 
     def _warn_if_without_effect(self) -> None:
         report, config = self.report, self.config
-        if config.interval == 1 or report.predicted_calls or not report.calls:
+        if not config.predicts or report.predicted_calls or not report.calls:
             return
         if report.fallbacks:
             reason = "; ".join(f"{reason} ({count} calls)" for reason, count in report.fallbacks.items())
+        elif config.full_steps is not None:
+            reason = f"all of its {report.steps} steps are among full_steps={config.full_steps}"
         else:
             reason = (
                 f"it had {report.steps} steps, and with warmup={config.warmup} the first predicted step is number"
@@ -125,7 +131,7 @@ class Engine:
             probe: probe features, (B, N, D'), or None where nothing is selected.
             stream: name of the stream of tokens, where a model has several (video and sound).
         """
-        if self.config.interval == 1:
+        if not self.config.predicts:
             return
         if not _all_finite(residual, probe):
             # No anchor rather than a bad one. The steps up to the next full one then have none and run in full.

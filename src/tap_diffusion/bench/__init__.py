@@ -1,1 +1,5 @@
-"""Models and measurements for comparing acceleration methods."""
+"""The bench: TAP against its rivals, each at its best, on trained models; and the training of these models."""
+
+from pathlib import Path
+
+BENCH_DATA = Path(__file__).parent / "models_data"

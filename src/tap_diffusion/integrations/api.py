@@ -85,16 +85,16 @@ def enable(target: DiffusionPipeline | nn.Module, config: TAPConfig | None = Non
     Raises:
         UnsupportedModelError: the message names the class and the reason.
     """
-    transformers = _transformers(target)
-    for transformer in transformers:
+    found = transformers(target)
+    for transformer in found:
         _spec(transformer)  # all or none
-    for transformer in transformers:
+    for transformer in found:
         apply_tap(transformer, config)
     if not isinstance(target, nn.Module):
         pipeline = weakref.ref(target)
-        hooks = [hook for hook in map(_hook, transformers) if hook is not None]
-        for hook in hooks:
-            hook.peers = [other for other in hooks if other is not hook]
+        applied = hooks(target)
+        for hook in applied:
+            hook.peers = [other for other in applied if other is not hook]
             for name in target.components:
                 if name.endswith("scheduler"):  # users replace it, so it is looked up anew
                     hook.tracker.schedulers.append(partial(_component, pipeline, name))
@@ -102,7 +102,7 @@ def enable(target: DiffusionPipeline | nn.Module, config: TAPConfig | None = Non
 
 def disable(target: DiffusionPipeline | nn.Module) -> None:
     """Undo :func:`enable` without a trace. Does nothing where TAP is not enabled."""
-    for transformer in _transformers(target):
+    for transformer in transformers(target):
         hook = _hook(transformer)
         if hook is not None:
             hook.engine.finish()
@@ -124,14 +124,18 @@ def report(target: DiffusionPipeline | nn.Module) -> Report:
 
     With several transformers their steps are listed one transformer after the other.
     """
-    hooks = [_hook(transformer) for transformer in _transformers(target)]
-    reports = [hook.engine.report for hook in hooks if hook is not None]
+    reports = [hook.engine.report for hook in hooks(target)]
     if not reports:
         raise ValueError(f"TAP is not enabled on this {type(target).__name__}; call tap.enable(...) first")
     return reports[0] if len(reports) == 1 else Report.joined(reports)
 
 
-def _transformers(target: DiffusionPipeline | nn.Module) -> list[nn.Module]:
+def hooks(target: DiffusionPipeline | nn.Module) -> list[TAPHook]:
+    """TAP's hooks on the transformers of a pipeline, or on one transformer; none where TAP is not enabled."""
+    return [hook for hook in map(_hook, transformers(target)) if hook is not None]
+
+
+def transformers(target: DiffusionPipeline | nn.Module) -> list[nn.Module]:
     """The transformers that denoise."""
     if isinstance(target, nn.Module):
         return [_unwrapped(target)]

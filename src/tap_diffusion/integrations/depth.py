@@ -131,7 +131,7 @@ class Depth:
         """
         norm = self.spec.modulated_norm
         place = norm or self.spec.attention
-        children = [self.first.get_submodule(place)] if place else _attentions(self.first)
+        children = [self.first.get_submodule(place)] if place else attentions(self.first)
 
         def at_attention(_: nn.Module, args: Any, kwargs: Any) -> None:
             raise _Reached(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
@@ -262,14 +262,14 @@ class _Reached(Exception):
         self.value = value
 
 
-def _attentions(block: nn.Module) -> list[nn.Module]:
+def attentions(block: nn.Module) -> list[nn.Module]:
     """Children (of an inner block as well) whose name or class says attention, outermost only; not its norm."""
     found = [
         child
         for name, child in block.named_children()
         if ("attn" in name and "norm" not in name) or "attention" in type(child).__name__.lower()
     ]
-    return found or [inner for child in block.children() for inner in _attentions(child)]
+    return found or [inner for child in block.children() for inner in attentions(child)]
 
 
 def _pass_through(block: nn.Module, outputs: tuple[str, ...]) -> Callable[..., Any]:

@@ -91,13 +91,12 @@ class TAPHook(ModelHook):
 
     def _run_in_full(self, depth: Depth, call: Call, args: Any, kwargs: Any) -> Any:
         """Run the model's own forward and record probe features and residuals."""
-        config = self.engine.config
-        if config.interval == 1:
+        if not self.engine.config.predicts:
             return self.fn_ref.original_forward(*args, **kwargs)
         before: dict[str, tuple[Tensor, Tensor | None]] = {}
 
         def enter(arguments: dict[str, Any], output: Any) -> None:
-            probes = self._probes(depth, arguments, output) if config.chooses else {}
+            probes = self._probes(depth, arguments, output) if self.engine.needs_probe else {}
             for name, x in self._streams(arguments).items():
                 before[name] = x, probes.get(name)
 

@@ -1,0 +1,364 @@
+"""Running the bench: tune every method, measure it at its best, time it beside the plain pipeline.
+
+The output folder holds the settings, the full results, one JSON per method and budget of what was tried, one Parquet
+file per cell of what was measured, and the times. What is there is not done again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import diffusers
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from tap_diffusion import __version__
+from tap_diffusion.bench import metrics
+from tap_diffusion.bench.calibration import Calibration, run
+from tap_diffusion.bench.counting import Counts, counted, flops, live_bytes
+from tap_diffusion.bench.methods import Method, Setting, Variant
+from tap_diffusion.bench.models import BenchModel, Drawn
+from tap_diffusion.demo.sheets import sheet
+from tap_diffusion.errors import UsageError
+
+SHOWN = 8  # samples of each cell that are kept as pictures
+BASELINE = "tap"  # the method that others are compared to, pair by pair
+
+
+@dataclass(frozen=True)
+class Suite:
+    """How much is done.
+
+    Attributes:
+        samples: measured in each cell.
+        tuned_on: calibration samples.
+        budgets: full evaluations, where none are given.
+        methods: names, or None for all.
+        timed: samples in each timed run; repeats: timed runs of each cell.
+    """
+
+    samples: int
+    tuned_on: int
+    budgets: tuple[int, ...]
+    methods: tuple[str, ...] | None
+    timed: int
+    repeats: int
+
+
+SUITES = {
+    "quick": Suite(8, 8, (8,), ("tap", "fora", "taylorseer-1", "euler", "adams-bashforth-2", "ddim"), 4, 1),
+    "standard": Suite(64, 16, (14, 10, 8, 6), None, 4, 3),
+    "paper": Suite(200, 32, (14, 10, 8, 6), None, 1, 5),
+}
+
+
+class Bench:
+    """One run of the bench, in one folder.
+
+    Args:
+        model: to run on.
+        methods: by name.
+        suite: how much is done.
+        budgets: full evaluations per trajectory.
+        out: the folder.
+        steps: of the full result.
+        note: told what is going on, one line at a time.
+
+    Raises:
+        UsageError: the folder holds a run with other settings.
+    """
+
+    def __init__(
+        self,
+        model: BenchModel,
+        methods: Mapping[str, Method],
+        suite: Suite,
+        budgets: Sequence[int],
+        out: Path,
+        steps: int = 50,
+        note: Callable[[str], None] = tqdm.write,
+    ) -> None:
+        self.model, self.methods, self.suite, self.budgets = model, methods, suite, budgets
+        self.out, self.steps, self.note = out, steps, note
+        self.pipe = model.load()
+        self.pipe.set_progress_bar_config(disable=True)
+        self._settle()
+        self.measured = list(model.measured[: suite.samples])
+        tuned_on = BenchModel(**vars(model) | {"calibration": model.calibration[: suite.tuned_on]})
+        self.calibration = Calibration(self.pipe, tuned_on, steps, out / "calibration")
+
+    def run(self) -> list[dict[str, Any]]:
+        """Do what is left to do; return the cells and write ``results.json`` and ``samples.parquet``."""
+        wanted = [(method, budget) for budget in self.budgets for method in self.methods.values()]
+        chosen: dict[tuple[str, int], Variant] = {}
+        for method, budget in tqdm(wanted, desc="tuning", unit="method"):
+            variant = self._tune(method, budget)
+            if variant is not None:
+                chosen[method.name, budget] = variant
+        for (name, budget), variant in tqdm(chosen.items(), desc="measuring", unit="cell"):
+            self._measure(self.methods[name], budget, variant)
+        self._time(chosen)
+        return self._collect()
+
+    # ------------------------------------------------------------------------------------------------- full results
+
+    @cached_property
+    def full(self) -> Drawn:
+        """The plain pipeline's results."""
+        file = self.out / "full.safetensors"
+        if not file.exists():
+            drawn = self._draw(None, desc="full results")
+            save_file({"latents": drawn.latents, "pictures": drawn.pictures}, file)
+            self._show(drawn, "full")
+        tensors = load_file(file)
+        return Drawn(tensors["latents"], tensors["pictures"])
+
+    def _draw(self, variant: Variant | None, counts: Counts | None = None, desc: str = "") -> Drawn:
+        drawn, size = [], self.model.batch
+        firsts = range(0, len(self.measured), size)
+        for first in tqdm(firsts, desc=desc, leave=False, disable=not desc):
+            with counted(self.pipe, counts):
+                drawn.append(
+                    run(self.pipe, self.model, variant, self.measured[first : first + size], first, self.steps)
+                )
+        return Drawn(torch.cat([d.latents for d in drawn]), torch.cat([d.pictures for d in drawn]))
+
+    def _show(self, drawn: Drawn, name: str) -> None:
+        pictures = drawn.pictures[:SHOWN] * 2 - 1
+        if pictures.ndim == 5:  # videos: one row each
+            rows = [frames.expand(-1, 3, -1, -1) for frames in pictures]
+        else:
+            rows = [pictures.expand(-1, 3, -1, -1)]
+        (self.out / "pictures").mkdir(exist_ok=True)
+        sheet(rows).save(self.out / "pictures" / f"{name}.png")
+
+    # ------------------------------------------------------------------------------------------------------ the cells
+
+    def _tune(self, method: Method, budget: int) -> Variant | None:
+        """The method's best variant on the calibration samples; None where it has none here."""
+        setting = Setting(self.pipe, self.steps, budget, self.calibration)
+        file = self.out / "tuning" / f"{method.name}-{budget}.json"
+        file.parent.mkdir(exist_ok=True)
+        variants = list(method.variants(setting)) if not file.exists() else []
+        if not file.exists():
+            tried = []
+            for variant in variants:
+                if len(variants) > 1:
+                    quality, full_steps = self.calibration.quality(variant)
+                else:
+                    quality, full_steps = None, None
+                tried.append(
+                    {"schedule": variant.schedule, "psnr_db": quality, "full_steps": full_steps,
+                     "settings": variant.settings}
+                )  # fmt: skip
+            _write(file, tried)
+        tried = json.loads(file.read_text(encoding="utf-8"))
+        if not tried:
+            return None
+        best = max(tried, key=lambda entry: entry["psnr_db"] or 0.0)["schedule"]
+        variants = variants or list(method.variants(setting))
+        return next(variant for variant in variants if variant.schedule == best)
+
+    def _measure(self, method: Method | None, budget: int, variant: Variant | None) -> None:
+        """Measure one cell, or without method the full model, unless it has been measured."""
+        name = "full" if method is None else f"{method.name}-{budget}"
+        file = self.out / "cells" / f"{name}.parquet"
+        if file.exists():
+            return
+        full, counts = self.full, Counts()
+        drawn = full if variant is None else self._draw(variant, counts, desc=name)
+        rows: dict[str, Any] = {
+            "model": [self.model.name] * len(self.measured),
+            "method": ["full" if method is None else method.name] * len(self.measured),
+            "budget": [budget] * len(self.measured),
+            "seed": list(range(len(self.measured))),
+            "condition": [str(condition) for condition in self.measured],
+        }
+        if variant is not None:
+            rows |= {
+                "psnr_db": metrics.psnr(drawn.pictures, full.pictures).tolist(),
+                "ssim": metrics.ssim(drawn.pictures, full.pictures).tolist(),
+                "latent_error": metrics.latent_error(drawn.latents, full.latents).tolist(),
+            }
+        for score in self.model.scores:
+            rows |= score(drawn.pictures, self.measured)
+        batches = -(-len(self.measured) // self.model.batch)
+        facts = {
+            "schedule": "every step" if variant is None else variant.schedule,
+            "settings": {} if variant is None else variant.settings,
+            "full_steps": self.steps if variant is None else counts.full / batches / self.calibration.calls_per_step,
+        } | self._costs(variant)
+        self._show(drawn, name)
+        file.parent.mkdir(exist_ok=True)
+        table = pa.table(rows).replace_schema_metadata({"facts": json.dumps(facts)})
+        _whole(file, lambda partial: pq.write_table(table, partial))
+
+    def _costs(self, variant: Variant | None) -> dict[str, int]:
+        """Floating-point operations of one sample, and the most bytes of tensors that were seen alive at once."""
+        with flops(self.pipe) as counter:
+            run(self.pipe, self.model, variant, self.measured[:1], 0, self.steps)
+        with live_bytes(self.pipe, every=5) as found:
+            run(self.pipe, self.model, variant, self.measured[:1], 0, self.steps)
+        return {"flops": counter.get_total_flops(), "live_bytes": max(found, default=0)}
+
+    # ------------------------------------------------------------------------------------------------------ the times
+
+    def _time(self, chosen: Mapping[tuple[str, int], Variant]) -> None:
+        """Time every cell, a few at a time between two runs of the plain pipeline, in another order each time."""
+        file = self.out / "times.json"
+        times: dict[str, list[float]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        todo = []
+        for repeat in range(self.suite.repeats):
+            cells = sorted(chosen)
+            random.Random(repeat).shuffle(cells)
+            todo.append([cell for cell in cells if len(times.get(_key(cell), [])) <= repeat])
+        if not any(todo):
+            return
+        self._seconds(None)  # warm up
+        with tqdm(total=sum(map(len, todo)), desc="timing", unit="run") as progress:
+            for cells in todo:
+                before = self._seconds(None)
+                for first in range(0, len(cells), 6):
+                    group = cells[first : first + 6]
+                    seconds = {}
+                    for cell in group:
+                        seconds[cell] = self._seconds(chosen[cell])
+                        progress.update()
+                    after = self._seconds(None)
+                    for cell in group:
+                        times.setdefault(_key(cell), []).append((before + after) / 2 / seconds[cell])
+                    before = after
+                    _write(file, times)
+
+    def _seconds(self, variant: Variant | None) -> float:
+        conditions = self.measured[: self.suite.timed]
+        with suppress(AttributeError, RuntimeError):
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run(self.pipe, self.model, variant, conditions, 0, self.steps)  # ends with a copy to the host
+        return time.perf_counter() - start
+
+    # --------------------------------------------------------------------------------------------------- the results
+
+    def _collect(self) -> list[dict[str, Any]]:
+        self._measure(None, self.steps, None)
+        tables = {file.stem: pq.read_table(file) for file in sorted((self.out / "cells").glob("*.parquet"))}
+        joined = pa.concat_tables(tables.values(), promote_options="default")
+        _whole(self.out / "samples.parquet", lambda partial: pq.write_table(joined, partial))
+        times = json.loads((self.out / "times.json").read_text(encoding="utf-8"))
+        full = tables.pop("full")
+        cells = [self._cell("full", "full", self.steps, full, full, None, times)]
+        for budget in self.budgets:
+            baseline = tables.get(f"{BASELINE}-{budget}")
+            for method in self.methods.values():
+                table = tables.get(f"{method.name}-{budget}")
+                if table is not None:
+                    cells.append(self._cell(method.name, method.kind, budget, table, full, baseline, times))
+        _write(self.out / "results.json", cells)
+        return cells
+
+    def _cell(
+        self, method: str, family: str, budget: int, table: pa.Table, full: pa.Table, baseline: pa.Table | None,
+        times: Mapping[str, list[float]],
+    ) -> dict[str, Any]:  # fmt: skip
+        facts, plain = (json.loads(t.schema.metadata[b"facts"]) for t in (table, full))
+        values = {name: table[name].to_pylist() for name in table.column_names}
+        ratios = times.get(_key((method, budget)), [])
+        cell = {
+            "model": self.model.name,
+            "method": method,
+            "family": family,
+            "source": self.methods[method].source if method in self.methods else "",
+            "schedule": facts["schedule"],
+            "budget": budget,
+            "full_steps": facts["full_steps"],
+            "steps": self.steps,
+            "samples": len(table),
+            "evaluations_speedup": self.steps / facts["full_steps"],
+            "flops_speedup": plain["flops"] / facts["flops"],
+            "time_speedup": median(ratios) if ratios else None,
+            "time_speedup_range": [min(ratios), max(ratios)] if ratios else None,
+            "memory_bytes": max(0, facts["live_bytes"] - plain["live_bytes"]),
+            "settings": facts["settings"],
+        }
+        if "psnr_db" in values:
+            cell |= {"psnr_db": fmean(values["psnr_db"]), "psnr_ci": metrics.bootstrap_interval(values["psnr_db"])}
+            cell |= {name: fmean(values[name]) for name in ("ssim", "latent_error")}
+            if baseline is not None and method != BASELINE:
+                pairs = zip(values["psnr_db"], baseline["psnr_db"].to_pylist(), strict=True)
+                differences = [own - other for own, other in pairs]
+                cell |= {
+                    "difference_db": fmean(differences),
+                    "difference_ci": metrics.bootstrap_interval(differences),
+                }
+        known = {"model", "method", "budget", "seed", "condition", "psnr_db", "ssim", "latent_error"}
+        cell["scores"] = {name: fmean(column) for name, column in values.items() if name not in known}
+        return cell
+
+    def _settle(self) -> None:
+        """Keep the settings in the folder, or see that they are the same."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        settings = {
+            "model": self.model.name,
+            "steps": self.steps,
+            "suite": asdict(self.suite) | {"methods": None, "budgets": None},
+            "versions": {
+                "tap_diffusion": __version__,
+                "torch": torch.__version__,
+                "diffusers": diffusers.__version__,
+                "python": platform.python_version(),
+            },
+            "machine": {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        }
+        file = self.out / "run.json"
+        if file.exists():
+            known = json.loads(file.read_text(encoding="utf-8"))
+            for name in ("model", "steps", "suite", "versions"):
+                if known[name] != json.loads(json.dumps(settings[name])):
+                    raise UsageError(
+                        f"the folder {self.out} holds a run with {name} {known[name]},"
+                        f" not {settings[name]}; choose another --out"
+                    )
+        else:
+            _write(file, settings)
+
+
+def _key(cell: tuple[str, int]) -> str:
+    return f"{cell[0]}-{cell[1]}"
+
+
+def _write(file: Path, value: Any) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    _whole(file, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _whole(file: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file so that it is there whole or not at all."""
+    partial = file.with_suffix(".partial")
+    write(partial)
+    partial.replace(file)
+
+
+def _processor() -> str:
+    """The processor's or GPU's name, as far as the system tells."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

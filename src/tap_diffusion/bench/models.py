@@ -1,0 +1,120 @@
+"""The models that the bench runs: a pipeline, what to draw with it, and how to judge it without a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline
+from torch import Tensor
+
+from tap_diffusion.bench import BENCH_DATA
+from tap_diffusion.bench.pixels import PixelDiTPipeline
+from tap_diffusion.demo import EMOJI, data
+from tap_diffusion.demo.train import MAX_TOKENS
+
+Scores = Callable[[Tensor, Sequence[Any]], dict[str, list[float]]]
+
+
+@dataclass(frozen=True)
+class BenchModel:
+    """A model of the bench.
+
+    Attributes:
+        load: gives the pipeline.
+        measured: what to draw; the i-th has seed i.
+        calibration: what methods are tuned on, none of it among ``measured``.
+        arguments: of the pipeline's call, but for steps and generators, for some of these conditions.
+        batch: samples at a time.
+        scores: without reference: numbers for each of the pictures (B, C, H, W) or videos (B, F, C, H, W) in [0, 1].
+    """
+
+    name: str
+    load: Callable[[], Any]
+    measured: Sequence[Any]
+    calibration: Sequence[Any]
+    arguments: Callable[[Sequence[Any]], dict[str, Any]]
+    batch: int = 8
+    scores: Sequence[Scores] = field(default=())
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Samples on the CPU, float32.
+
+    Attributes:
+        latents: final ones, (B, ...).
+        pictures: (B, C, H, W), or videos (B, F, C, H, W), in [0, 1].
+    """
+
+    latents: Tensor
+    pictures: Tensor
+
+
+def draw(pipe: Any, model: BenchModel, conditions: Sequence[Any], seed: int, **change: Any) -> Drawn:
+    """One batch; its i-th sample has seed ``seed + i`` whatever the batch size."""
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(conditions))]
+    with _last_latents(pipe) as latents:
+        result = pipe(generator=generators, output_type="pt", **model.arguments(conditions) | change)
+    pictures = getattr(result, "images", None)
+    if pictures is None:
+        pictures = result.frames
+    return Drawn(latents[0].float().cpu(), pictures.float().cpu())
+
+
+@contextmanager
+def _last_latents(pipe: Any) -> Iterator[list[Tensor]]:
+    """What the scheduler returned last: the final latents, whatever the pipeline makes of them."""
+    kept: list[Tensor] = []
+    scheduler = pipe.scheduler
+    step = scheduler.step
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        kept[:] = [result[0]]
+        return result
+
+    scheduler.step = watched
+    try:
+        yield kept
+    finally:
+        del scheduler.step
+
+
+def emoji() -> BenchModel:
+    """The embedded FLUX: flow matching, text, two calls a step for guidance."""
+    captions = sorted(set(data.captions().values()))
+    measured = [captions[i * len(captions) // 64] for i in range(64)]
+    others = [caption for caption in captions if caption not in measured]
+
+    def arguments(prompts: Sequence[str]) -> dict[str, Any]:
+        return {
+            "prompt": list(prompts), "negative_prompt": [""] * len(prompts), "true_cfg_scale": 2.0,
+            "height": data.SIZE, "width": data.SIZE, "max_sequence_length": MAX_TOKENS,
+        }  # fmt: skip
+
+    return BenchModel(
+        "emoji",
+        lambda: FluxPipeline.from_pretrained(EMOJI, dtype=torch.float32),
+        measured,
+        [others[i * len(others) // 16] for i in range(16)],
+        arguments,
+    )
+
+
+def fashion() -> BenchModel:
+    """Class-conditional DiT on Fashion-MNIST: noise prediction, guidance in one batch."""
+    return BenchModel(
+        "fashion",
+        lambda: PixelDiTPipeline.from_pretrained(BENCH_DATA / "fashion", dtype=torch.float32),
+        [i % 10 for i in range(64)],
+        [i % 10 for i in range(16)],
+        lambda labels: {"class_labels": list(labels), "guidance_scale": 1.5},
+        batch=16,
+    )
+
+
+MODELS: dict[str, Callable[[], BenchModel]] = {"emoji": emoji, "fashion": fashion}
