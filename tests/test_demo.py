@@ -81,6 +81,20 @@ def test_pictures_are_on_white_with_their_captions(packages: Path) -> None:
     assert (pictures[:, 1].int() - pictures[:, 0].int().maximum(pictures[:, 2].int())).max() <= 2
 
 
+def test_cutouts_are_premultiplied_and_in_the_order_asked_for(packages: Path) -> None:
+    wanted = ["red apple", "laughing face"]
+    pictures = data.cutouts(packages, wanted, "fluent", 16)
+    assert pictures.shape == (2, 4, 16, 16)
+    assert (pictures[:, :, 0, 0] == 0).all()
+    order = list(data.captions().values())
+    for picture, caption in zip(pictures, wanted, strict=True):
+        n = order.index(caption)
+        colour = torch.tensor([n % 256, 50, 255 - n % 256, 255]) / 255
+        torch.testing.assert_close(picture[:, 8, 8], colour)
+        # Premultiplied, every pixel is the disc's colour times the share that it covers, but for clipped overshoot.
+        torch.testing.assert_close(picture, colour[:, None, None] * picture[3], atol=0.05, rtol=0)
+
+
 def test_all_pictures_are_without_flags_and_skin_tones(packages: Path) -> None:
     pictures, captions, _ = data.load(packages, "all")
     assert len(pictures) == 2 * (len(data.captions()) + 1)

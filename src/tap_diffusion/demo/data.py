@@ -12,6 +12,7 @@ import io
 import json
 import subprocess
 import tarfile
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -60,10 +61,14 @@ def download(folder: Path) -> dict[str, Path]:
     return tarballs
 
 
+def _resized(data: bytes, size: int) -> Image.Image:
+    """In mode ``RGBa``, that is premultiplied: colours of fully transparent pixels must not bleed into the edges."""
+    picture = Image.open(io.BytesIO(data)).convert("RGBA").convert("RGBa")
+    return picture.resize((size, size), Image.Resampling.LANCZOS)
+
+
 def _on_white(data: bytes, size: int) -> np.ndarray:
-    picture = Image.open(io.BytesIO(data)).convert("RGBA")
-    # Premultiplied resampling: colours of fully transparent pixels must not bleed into the edges.
-    picture = picture.convert("RGBa").resize((size, size), Image.Resampling.LANCZOS).convert("RGBA")
+    picture = _resized(data, size).convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
     return np.asarray(Image.alpha_composite(white, picture).convert("RGB"))
 
@@ -72,6 +77,22 @@ def _is_plain(code: str) -> bool:
     parts = code.split("-")
     is_flag = 0x1F1E6 <= int(parts[0], 16) <= 0x1F1FF or parts[0] in {"1f3f4", "1f3f3"}
     return not is_flag and not _SKIN_TONES.intersection(parts[1:])
+
+
+def _members(folder: Path) -> Iterator[tuple[str, str, str, bytes]]:
+    """Code points, style, caption (``""`` where none is listed) and encoded picture of all emoji of both packages."""
+    names = captions()
+    for style, tarball in download(folder).items():
+        _, prefix, suffix = PACKAGES[style]
+        with tarfile.open(tarball) as archive:
+            for member in archive:
+                if not (member.name.startswith(prefix) and member.name.endswith(suffix)):
+                    continue
+                code = member.name[len(prefix) : -len(suffix)].lower()
+                caption = names.get(code) or names.get(f"{code}-fe0f") or names.get(code.removesuffix("-fe0f"), "")
+                data = archive.extractfile(member)
+                assert data is not None
+                yield code, style, caption, data.read()
 
 
 def load(folder: Path, which: Literal["captioned", "all"] = "captioned") -> tuple[torch.Tensor, list[str], list[str]]:
@@ -85,21 +106,32 @@ def load(folder: Path, which: Literal["captioned", "all"] = "captioned") -> tupl
     Returns:
         pictures (count, 3, 64, 64) uint8, captions, styles (``noto`` or ``fluent``), sorted by code points.
     """
-    names = captions()
-    rows = []
-    for style, tarball in download(folder).items():
-        _, prefix, suffix = PACKAGES[style]
-        with tarfile.open(tarball) as archive:
-            for member in archive:
-                if not (member.name.startswith(prefix) and member.name.endswith(suffix)):
-                    continue
-                code = member.name[len(prefix) : -len(suffix)].lower()
-                caption = names.get(code) or names.get(f"{code}-fe0f") or names.get(code.removesuffix("-fe0f"), "")
-                if not caption and (which == "captioned" or not _is_plain(code)):
-                    continue
-                data = archive.extractfile(member)
-                assert data is not None
-                rows.append((code, style, caption, _on_white(data.read(), SIZE)))
+    rows = [
+        (code, style, caption, _on_white(data, SIZE))
+        for code, style, caption, data in _members(folder)
+        if caption or (which == "all" and _is_plain(code))
+    ]
     rows.sort(key=lambda row: row[:2])
     pictures = torch.from_numpy(np.stack([row[3] for row in rows])).permute(0, 3, 1, 2).contiguous()
     return pictures, [row[2] for row in rows], [row[1] for row in rows]
+
+
+def cutouts(folder: Path, wanted: Sequence[str], style: Literal["noto", "fluent"], size: int) -> torch.Tensor:
+    """Emoji on transparent ground.
+
+    Args:
+        folder: where the npm packages are, or are downloaded to.
+        wanted: captions.
+        style: package to take them from.
+        size: width and height in pixels.
+
+    Returns:
+        Premultiplied RGBA in [0, 1], (len(wanted), 4, size, size) float32.
+    """
+    found = {
+        caption: torch.frombuffer(bytearray(_resized(data, size).tobytes()), dtype=torch.uint8)
+        for _, drawn, caption, data in _members(folder)
+        if drawn == style and caption in wanted
+    }
+    pictures = torch.stack([found[caption] for caption in wanted]).view(-1, size, size, 4)
+    return pictures.permute(0, 3, 1, 2).float() / 255

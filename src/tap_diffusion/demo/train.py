@@ -66,12 +66,19 @@ def fast_arithmetic(dev: torch.device) -> Iterator[None]:
     """What speeds training on this device.
 
     bf16 where its matrix products are in hardware; elsewhere they can be a hundred times slower than fp32. And on
-    CPUs plain attention: over so few tokens the fused form takes a third of a training step, mostly going back.
+    CPUs plain attention, in bf16 too: over so few tokens the fused form takes a third of a training step or more,
+    mostly going back.
     """
     bf16 = dev.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     attention = sdpa_kernel(SDPBackend.MATH) if dev.type == "cpu" else nullcontext()
-    with torch.autocast(dev.type, dtype=torch.bfloat16, enabled=bf16), attention:
-        yield
+    # Plain attention reads this setting on every device; off, it computes bf16 in fp32.
+    reduced = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with torch.autocast(dev.type, dtype=torch.bfloat16, enabled=bf16), attention:
+            yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(reduced)
 
 
 # ------------------------------------------------------------------------------------------------------- the models
