@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tap_diffusion import ConfigError, TAPConfig
+from tap_diffusion.predictors import FAMILIES
 
 
 def test_paper_is_the_paper() -> None:
@@ -17,6 +18,7 @@ def test_paper_is_the_paper() -> None:
         "warmup": 3,
         "family": "taylor",
         "orders": [0, 1, 2],
+        "history": None,
         "horizon_span": 4.0,
         "horizon_step": 1.0,
         "loss": "cosine",
@@ -39,6 +41,10 @@ def test_paper_is_the_paper() -> None:
         ("orders", (9,), "from 0 to 8"),
         ("orders", (-1,), "from 0 to 8"),
         ("orders", "012", "tuple"),
+        ("history", 0, "from 3"),
+        ("history", 2, "from 3"),
+        ("history", 65, "to 64"),
+        ("history", True, "integer"),
         ("horizon_span", -1, "≥ 0"),
         ("horizon_span", float("nan"), "≥ 0"),
         ("horizon_step", 0, "> 0"),
@@ -63,8 +69,9 @@ def test_a_bad_value_is_named_with_what_is_allowed(field: str, value: Any, allow
         TAPConfig,
         interval=st.integers(1, 50),
         warmup=st.integers(1, 50),
-        family=st.sampled_from(["taylor", "newton"]),
+        family=st.sampled_from(list(FAMILIES)),
         orders=st.lists(st.integers(0, 8), min_size=1, max_size=4, unique=True).map(tuple),
+        history=st.none() | st.integers(9, 64),
         horizon_span=st.floats(0, 8),
         loss=st.sampled_from(["cosine", "l2", "relative_l2", "l1"]),
         granularity=st.sampled_from(["token", "sample", "batch"]),
@@ -109,3 +116,9 @@ def test_is_immutable() -> None:
 )
 def test_one_candidate_leaves_nothing_to_choose(changes: dict[str, Any], chooses: bool) -> None:
     assert TAPConfig(**changes).chooses is chooses
+
+
+def test_anchors_are_those_of_the_largest_order_or_the_history() -> None:
+    assert TAPConfig(orders=(0, 3)).anchors == 4
+    assert TAPConfig(orders=(0, 3), history=4).anchors == 4
+    assert TAPConfig(orders=(4,), family="chebyshev", history=14).anchors == 14

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tap_diffusion import TAPConfig, TAPWarning
 from tap_diffusion.engine import Engine, Fallback, _LateFlag
-from tap_diffusion.predictors import candidates
+from tap_diffusion.predictors import candidates, chebyshev
 from tap_diffusion.tracking import Call
 
 SHAPE = (2, 4, 3)
@@ -193,6 +193,22 @@ def test_one_candidate_needs_no_probe() -> None:
         else:
             result = engine.predict(call(step), torch.ones(SHAPE), never)
     torch.testing.assert_close(result, 1 + 2 * features(2) - features(1))
+
+
+def test_a_longer_history_reaches_the_predictor() -> None:
+    engine = Engine(
+        TAPConfig(
+            interval=2, warmup=5, family="chebyshev", orders=(2,), horizon_span=0, history=6, cache_dtype="float32"
+        )
+    )
+    for step in range(10):
+        if engine.begin(call(step)):
+            engine.record(call(step), features(step), None)
+        else:
+            result = engine.predict(call(step), torch.ones(SHAPE), lambda: torch.empty(0))
+    weights = chebyshev(2)([8, 6, 4, 3, 2, 1], 9)
+    expected = 1 + sum(weight * features(step) for weight, step in zip(weights, (8, 6, 4, 3, 2, 1), strict=True))
+    torch.testing.assert_close(result, expected.float(), rtol=1e-5, atol=1e-5)
 
 
 def test_without_effect_warns_with_the_reason() -> None:

@@ -15,7 +15,7 @@ class History:
     hold everything that weights over ``capacity`` anchors can ask for. They are formed in float32 or better.
 
     Args:
-        capacity: anchors to remember, the largest order plus one.
+        capacity: anchors to remember, at least the largest order plus one.
         dtype: to keep the differences in; None keeps that of the features.
     """
 

@@ -20,6 +20,7 @@ Probe = Literal["modulated_input", "first_block"]
 CacheDType = Literal["model", "float32", "bfloat16", "float16"]
 
 MAX_ORDER = 8
+MAX_HISTORY = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,9 @@ class TAPConfig:
         family: predictors to choose from, a key of :data:`tap_diffusion.predictors.FAMILIES`.
         orders: orders of the candidates. Order 0 reuses the newest anchor; order m needs m + 1 anchors. With a
             single order and ``horizon_span=0`` nothing is left to choose: a fixed predictor, and no probe runs.
+        history: anchors to keep, for families that use more than the largest order plus one, which is the default.
+            The cache grows with it, and so does rounding, since differences are kept: above 8 use
+            ``cache_dtype="float32"``, which suffices up to about 14.
         horizon_span: λ of the paper. A candidate of order 1 or more, k steps after the newest anchor, comes with
             each horizon in {k - λ, …, k}.
         horizon_step: δ of the paper, the spacing of these horizons.
@@ -54,6 +58,7 @@ class TAPConfig:
     full_steps: tuple[int, ...] | None = None
     family: str = "taylor"
     orders: tuple[int, ...] = (0, 1, 2)
+    history: int | None = None
     horizon_span: float = 4.0
     horizon_step: float = 1.0
     loss: Loss = "cosine"
@@ -86,6 +91,12 @@ class TAPConfig:
             and len(set(self.orders)) == len(self.orders)
             and all(_is_int(order) and 0 <= order <= MAX_ORDER for order in self.orders),
             f"a non-empty tuple of distinct integers from 0 to {MAX_ORDER}",
+        )
+        needed = max(self.orders) + 1
+        self._require(
+            "history",
+            self.history is None or (_is_int(self.history) and needed <= self.history <= MAX_HISTORY),
+            f"None or an integer from {needed}, the largest of its orders plus one, to {MAX_HISTORY}",
         )
         self._require("horizon_span", _is_number(self.horizon_span) and self.horizon_span >= 0, "a number ≥ 0")
         self._require("horizon_step", _is_number(self.horizon_step) and self.horizon_step > 0, "a number > 0")
@@ -124,8 +135,8 @@ class TAPConfig:
 
     @property
     def anchors(self) -> int:
-        """Anchors that the candidates need: the largest order plus one."""
-        return max(self.orders) + 1
+        """Anchors to keep: ``history``, or as many as the candidates need, the largest order plus one."""
+        return self.history or max(self.orders) + 1
 
     @property
     def chooses(self) -> bool:

@@ -10,19 +10,32 @@ A new family is one file with such a function and one line in :data:`FAMILIES`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tap_diffusion.predictors.adams_bashforth import adams_bashforth
+from tap_diffusion.predictors.chebyshev import chebyshev
 from tap_diffusion.predictors.differences import difference_matrix
+from tap_diffusion.predictors.foca import foca
+from tap_diffusion.predictors.hermite import hermite
 from tap_diffusion.predictors.newton import newton
 from tap_diffusion.predictors.taylor import taylor
 
 Weights = NDArray[np.float64]
 Predictor = Callable[[Sequence[float], float], Weights]
 
-FAMILIES: dict[str, Callable[[int], Predictor]] = {"taylor": taylor, "newton": newton}
+FAMILIES: dict[str, Callable[[int], Predictor]] = {
+    "taylor": taylor,
+    "newton": newton,
+    "hermite": hermite,
+    "adams_bashforth": adams_bashforth,
+    "foca": foca,
+    "chebyshev": chebyshev,
+    "chebyshev_linear": partial(chebyshev, blend=0.5),
+}
 
 
 class Candidate(NamedTuple):
@@ -64,4 +77,17 @@ def candidates(
     return members, np.stack(rows)
 
 
-__all__ = ["FAMILIES", "Candidate", "Predictor", "Weights", "candidates", "difference_matrix", "newton", "taylor"]
+__all__ = [
+    "FAMILIES",
+    "Candidate",
+    "Predictor",
+    "Weights",
+    "adams_bashforth",
+    "candidates",
+    "chebyshev",
+    "difference_matrix",
+    "foca",
+    "hermite",
+    "newton",
+    "taylor",
+]

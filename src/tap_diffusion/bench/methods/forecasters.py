@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
-from tap_diffusion.bench.methods import forecaster
+from collections.abc import Iterator
+
+from tap_diffusion.bench.methods import Method, Setting, Variant, forecaster, on_engine, schedules
+from tap_diffusion.config import TAPConfig
+from tap_diffusion.schedule import growing_steps
+
+DEGREE = 4  # of Spectrum's series, as published; it needs one more anchor, all of them in the warm-up
+
+
+def _fixed(name: str, source: str, order: int, family: str = "taylor") -> Method:
+    return forecaster(name, "rival", source, family=family, orders=(order,), horizon_span=0.0)
+
+
+def growing(steps: int, budget: int) -> dict[str, tuple[int, ...]]:
+    """Spectrum's schedule with ``budget`` full steps, after its own warm-up of 5 and one of 2, where there is one."""
+    found = {}
+    for warmup in (5, 2):
+        for hundredths in range(0, 100 * steps, 5):
+            full = growing_steps(steps, growth=hundredths / 100, warmup=warmup)
+            if len(full) == budget:
+                found[f"growing windows after {warmup}"] = tuple(full)
+                break
+    return found
+
+
+def spectrum(setting: Setting) -> Iterator[Variant]:
+    """Chebyshev ridge regression over all anchors, alone and, as in its scripts, mixed with linear extrapolation."""
+    own = growing(setting.steps, setting.budget)
+    for title, full in (own | schedules(setting.steps, setting.budget)).items():
+        for family, how in (("chebyshev", "alone"), ("chebyshev_linear", "mixed")):
+            config = TAPConfig(
+                full_steps=full, family=family, orders=(DEGREE,), horizon_span=0.0, history=max(DEGREE + 1, len(full))
+            )
+            yield on_engine(f"{title}, {how}", config)
+
 
 METHODS = [
-    forecaster("fora", "rival", "FORA, arXiv 2407.01425", orders=(0,)),
-    *(
-        forecaster(f"taylorseer-{m}", "rival", "TaylorSeer, arXiv 2503.06923", orders=(m,), horizon_span=0.0)
-        for m in (1, 2, 3)
-    ),
-    *(
-        forecaster(
-            f"newton-{m}", "rival", "Newton's divided differences", family="newton", orders=(m,), horizon_span=0.0
-        )
-        for m in (2, 3)
-    ),
+    _fixed("fora", "FORA, arXiv 2407.01425", order=0),
+    *(_fixed(f"taylorseer-{order}", "TaylorSeer, arXiv 2503.06923", order) for order in (1, 2, 3)),
+    *(_fixed(f"newton-{order}", "AB-Cache, arXiv 2504.10540, on any spacing", order, "newton") for order in (2, 3)),
+    *(_fixed(f"hicache-{order}", "HiCache, arXiv 2508.16984", order, "hermite") for order in (1, 2)),
+    *(_fixed(f"foca-{order}", "FoCa, arXiv 2508.16211", order, "foca") for order in (2, 3)),
+    Method("spectrum", "rival", "Spectrum, arXiv 2603.01623", spectrum),
 ]

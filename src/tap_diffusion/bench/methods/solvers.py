@@ -66,14 +66,14 @@ def _solver(name: str, source: str, make: dict[str, Callable[[Any], Any]]) -> Me
     return Method(name, "solver", source, variants)
 
 
-def _flow(kind: type, **more: Any) -> Callable[[Any], Any]:
+def _flow(kind: Any, **more: Any) -> Callable[[Any], Any]:
     def make(own: Any) -> Any:
         return kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=own.config.shift, **more)
 
     return make
 
 
-def _noise(kind: type, **more: Any) -> Callable[[Any], Any]:
+def _noise(kind: Any, **more: Any) -> Callable[[Any], Any]:
     return lambda own: kind.from_config(own.config, **more)
 
 
