@@ -16,6 +16,7 @@ def test_paper_is_the_paper() -> None:
     assert TAPConfig.paper(interval=8).to_dict() == {
         "interval": 8,
         "warmup": 3,
+        "full_steps": None,
         "family": "taylor",
         "orders": [0, 1, 2],
         "history": None,

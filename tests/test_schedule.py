@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tap_diffusion.schedule import full_steps, growing_steps
+from tap_diffusion.schedule import even_steps, full_steps, growing_steps, paper_steps
 
 
 @pytest.mark.parametrize(("interval", "count"), [(4, 14), (6, 10), (8, 8)])
@@ -68,3 +68,38 @@ def test_tenths_add_up() -> None:
 def test_windows_that_never_end_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be at least"):
         growing_steps(50, **changes)
+
+
+@pytest.mark.parametrize(("count", "interval"), [(14, 4), (10, 6), (8, 8)])
+def test_paper_schedule_of_a_budget(count: int, interval: int) -> None:
+    assert paper_steps(50, count) == tuple(full_steps(50, interval, warmup=3))
+
+
+@given(st.integers(1, 80), st.integers(3, 80))
+def test_paper_schedule_spends_no_more_than_the_budget(steps: int, count: int) -> None:
+    counts = [len(full_steps(steps, interval, warmup=3)) for interval in range(1, steps + 1)]
+    assert len(paper_steps(steps, count)) == max(full for full in counts if full <= count)
+
+
+def test_too_small_a_budget_for_the_warm_up() -> None:
+    with pytest.raises(ValueError, match="3 warm-up steps are more than the 2"):
+        paper_steps(50, 2)
+
+
+def test_even_schedules_of_the_trials() -> None:
+    assert even_steps(50, 8) == (0, 7, 14, 21, 27, 34, 41, 48)
+    assert even_steps(50, 8, warmup=2) == (0, 1, 9, 17, 25, 32, 40, 48)
+
+
+@given(st.data())
+def test_even_windows_differ_by_a_step_at_most(data: st.DataObject) -> None:
+    steps = data.draw(st.integers(4, 100))
+    count = data.draw(st.integers(2, steps - 2))
+    warmup = data.draw(st.integers(1, count - 1))
+    full = even_steps(steps, count, warmup)
+    assert len(full) == count
+    assert full[:warmup] == tuple(range(warmup))
+    assert full[-1] == steps - 2
+    windows = [b - a for a, b in pairwise(full[warmup - 1 :])]
+    assert max(windows) - min(windows) <= 1
+    assert min(windows) >= 1

@@ -2,4 +2,4 @@
 
 from pathlib import Path
 
-BENCH_DATA = Path(__file__).parent / "models_data"
+WEIGHTS = Path(__file__).parent / "weights"  # of models and judges

@@ -201,6 +201,11 @@ class Bench:
             "schedule": "every step" if variant is None else variant.schedule,
             "settings": {} if variant is None else variant.settings,
             "full_steps": self.steps if variant is None else counts.full / batches / self.calibration.calls_per_step,
+            "scores": {
+                name: value
+                for score in self.model.set_scores
+                for name, value in score(drawn.pictures, self.measured).items()
+            },
         } | self._costs(variant)
         self._show(drawn, name)
         file.parent.mkdir(exist_ok=True)
@@ -306,7 +311,8 @@ class Bench:
                     "difference_ci": metrics.bootstrap_interval(differences),
                 }
         known = {"model", "method", "budget", "seed", "condition", "psnr_db", "ssim", "latent_error"}
-        cell["scores"] = {name: fmean(column) for name, column in values.items() if name not in known}
+        means = {name: fmean(column) for name, column in values.items() if name not in known}
+        cell["scores"] = means | facts["scores"]
         return cell
 
     def _settle(self) -> None:

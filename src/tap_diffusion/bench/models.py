@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
-from tap_diffusion.bench import BENCH_DATA
-from tap_diffusion.bench.pixels import PixelDiTPipeline
+from tap_diffusion.bench import WEIGHTS, judges, sprites
+from tap_diffusion.bench.pixels import PixelDiTPipeline, PixelWanPipeline
 from tap_diffusion.demo import EMOJI, data
 from tap_diffusion.demo.train import MAX_TOKENS
-
-Scores = Callable[[Tensor, Sequence[Any]], dict[str, list[float]]]
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,7 @@ class BenchModel:
         arguments: of the pipeline's call, but for steps and generators, for some of these conditions.
         batch: samples at a time.
         scores: without reference: numbers for each of the pictures (B, C, H, W) or videos (B, F, C, H, W) in [0, 1].
+        set_scores: the same for all of them together.
     """
 
     name: str
@@ -38,7 +37,8 @@ class BenchModel:
     calibration: Sequence[Any]
     arguments: Callable[[Sequence[Any]], dict[str, Any]]
     batch: int = 8
-    scores: Sequence[Scores] = field(default=())
+    scores: Sequence[Callable[[Tensor, Sequence[Any]], dict[str, list[float]]]] = ()
+    set_scores: Sequence[Callable[[Tensor, Sequence[Any]], dict[str, float]]] = ()
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,9 @@ def emoji() -> BenchModel:
         "emoji",
         lambda: FluxPipeline.from_pretrained(EMOJI, dtype=torch.float32),
         measured,
-        [others[i * len(others) // 16] for i in range(16)],
+        [others[i * len(others) // 32] for i in range(32)],
         arguments,
+        scores=[judges.caption_of_emoji],
     )
 
 
@@ -109,12 +110,27 @@ def fashion() -> BenchModel:
     """Class-conditional DiT on Fashion-MNIST: noise prediction, guidance in one batch."""
     return BenchModel(
         "fashion",
-        lambda: PixelDiTPipeline.from_pretrained(BENCH_DATA / "fashion", dtype=torch.float32),
-        [i % 10 for i in range(64)],
-        [i % 10 for i in range(16)],
+        lambda: PixelDiTPipeline.from_pretrained(WEIGHTS / "fashion", dtype=torch.float32),
+        [i % 10 for i in range(200)],
+        [i % 10 for i in range(32)],
         lambda labels: {"class_labels": list(labels), "guidance_scale": 1.5},
         batch=16,
+        scores=[judges.kind_of_garment],
+        set_scores=[judges.distance_of_garments],
     )
 
 
-MODELS: dict[str, Callable[[], BenchModel]] = {"emoji": emoji, "fashion": fashion}
+def sprites_() -> BenchModel:
+    """Text to video: a moving emoji over a still ground; flow matching, guidance in two calls with their contexts."""
+    known = sprites.captions("train")
+    return BenchModel(
+        "sprites",
+        lambda: PixelWanPipeline.from_pretrained(WEIGHTS / "sprites", dtype=torch.float32),
+        sprites.captions("test"),
+        [known[i * len(known) // 32] for i in range(32)],
+        lambda prompts: {"prompt": list(prompts), "guidance_scale": 3.0},
+        scores=[judges.caption_of_sprite],
+    )
+
+
+MODELS: dict[str, Callable[[], BenchModel]] = {"emoji": emoji, "fashion": fashion, "sprites": sprites_}

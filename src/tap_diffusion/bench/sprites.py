@@ -71,6 +71,12 @@ def _meanings() -> dict[str, tuple[int, str, str]]:
     return {f"{name} {motion} over {ground}": (i, motion, ground) for (i, name), motion, ground in combinations}
 
 
+def meaning(caption: str) -> tuple[int, int, int]:
+    """Places of a caption's sprite, motion and ground in their lists."""
+    index, motion, ground = _meanings()[caption]
+    return index, MOTIONS.index(motion), GROUNDS.index(ground)
+
+
 def captions(split: Literal["train", "test"]) -> list[str]:
     """All captions but ``HELD_OUT`` of them, or those, whose sprites, motions and grounds are in other captions."""
     everything = list(_meanings())
