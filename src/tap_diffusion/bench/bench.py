@@ -181,6 +181,8 @@ class Bench:
             return
         full, counts = self.full, Counts()
         drawn = full if variant is None else self._draw(variant, counts, desc=name)
+        batches = -(-len(self.measured) // self.model.batch)
+        calls = counts.all // batches or self.steps * self.calibration.calls_per_step
         rows: dict[str, Any] = {
             "model": [self.model.name] * len(self.measured),
             "method": ["full" if method is None else method.name] * len(self.measured),
@@ -196,7 +198,6 @@ class Bench:
             }
         for score in self.model.scores:
             rows |= score(drawn.pictures, self.measured)
-        batches = -(-len(self.measured) // self.model.batch)
         facts = {
             "schedule": "every step" if variant is None else variant.schedule,
             "settings": {} if variant is None else variant.settings,
@@ -206,17 +207,17 @@ class Bench:
                 for score in self.model.set_scores
                 for name, value in score(drawn.pictures, self.measured).items()
             },
-        } | self._costs(variant)
+        } | self._costs(variant, calls)
         self._show(drawn, name)
         file.parent.mkdir(exist_ok=True)
         table = pa.table(rows).replace_schema_metadata({"facts": json.dumps(facts)})
         _whole(file, lambda partial: pq.write_table(table, partial))
 
-    def _costs(self, variant: Variant | None) -> dict[str, int]:
+    def _costs(self, variant: Variant | None, calls: int) -> dict[str, int]:
         """Floating-point operations of one sample, and the most bytes of tensors that were seen alive at once."""
         with flops(self.pipe) as counter:
             run(self.pipe, self.model, variant, self.measured[:1], 0, self.steps)
-        with live_bytes(self.pipe, every=5) as found:
+        with live_bytes(self.pipe, every=max(1, calls // 4)) as found:
             run(self.pipe, self.model, variant, self.measured[:1], 0, self.steps)
         return {"flops": counter.get_total_flops(), "live_bytes": max(found, default=0)}
 
@@ -251,8 +252,6 @@ class Bench:
 
     def _seconds(self, variant: Variant | None) -> float:
         conditions = self.measured[: self.suite.timed]
-        with suppress(AttributeError, RuntimeError):
-            torch.cuda.synchronize()
         start = time.perf_counter()
         run(self.pipe, self.model, variant, conditions, 0, self.steps)  # ends with a copy to the host
         return time.perf_counter() - start

@@ -64,15 +64,15 @@ def flops(pipe: Any) -> Iterator[FlopCounterMode]:
 
 @contextmanager
 def live_bytes(pipe: Any, every: int) -> Iterator[list[int]]:
-    """Collect the bytes of all tensors that are alive after one call of the transformers in ``every``."""
+    """Collect the bytes of tensors that have come alive since, after one call of the transformers in ``every``."""
     found: list[int] = []
-    calls = 0
+    calls, before = 0, _tensor_bytes()
 
     def look(*_: Any) -> None:
         nonlocal calls
         calls += 1
         if calls % every == 0:
-            found.append(_tensor_bytes())
+            found.append(_tensor_bytes() - before)
 
     handles = [transformer.register_forward_hook(look) for transformer in transformers(pipe)]
     try:
@@ -83,6 +83,7 @@ def live_bytes(pipe: Any, every: int) -> Iterator[list[int]]:
 
 
 def _tensor_bytes() -> int:
+    gc.collect()  # else what is garbage already would count
     storages = {}
     for item in gc.get_objects():
         # Some lazy objects raise when they are asked for their class.

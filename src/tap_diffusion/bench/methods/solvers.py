@@ -22,10 +22,13 @@ from tap_diffusion.bench.methods import Change, Method, Setting, Variant
 class AdamsBashforth2Scheduler(FlowMatchEulerDiscreteScheduler):
     """Two-step Adams–Bashforth for flow matching, on any spacing: x' = x + h (v + h / (2 h₋) (v - v₋))."""
 
-    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+    def set_timesteps(
+        self, num_inference_steps: Any = None, device: Any = None, sigmas: Any = None, mu: Any = None,
+        timesteps: Any = None,
+    ) -> None:  # fmt: skip
         """As the base class, and forget the last run."""
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
-        super().set_timesteps(*args, **kwargs)
+        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
 
     def step(self, model_output: Any, timestep: Any, sample: Any, **kwargs: Any) -> Any:
         """One step; the first is Euler's."""
@@ -66,15 +69,33 @@ def _solver(name: str, source: str, make: dict[str, Callable[[Any], Any]]) -> Me
     return Method(name, "solver", source, variants)
 
 
-def _flow(kind: Any, **more: Any) -> Callable[[Any], Any]:
+class FlowDPMSolver(DPMSolverMultistepScheduler):
+    """DPM-Solver++ 2M that ignores the shift which FLUX pipelines pass to any scheduler, dynamic or not."""
+
+    def set_timesteps(
+        self, num_inference_steps: Any = None, device: Any = None, mu: Any = None, timesteps: Any = None
+    ) -> None:
+        """As the base class, which refuses a shift where it is not dynamic."""
+        if not self.config.use_dynamic_shifting:
+            mu = None
+        super().set_timesteps(num_inference_steps, device, mu=mu, timesteps=timesteps)
+
+
+def _flow(kind: Any) -> Callable[[Any], Any]:
     def make(own: Any) -> Any:
-        return kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=own.config.shift, **more)
+        return kind(
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=own.config.shift,
+            use_dynamic_shifting=own.config.use_dynamic_shifting,
+            time_shift_type=own.config.time_shift_type,
+        )
 
     return make
 
 
-def _noise(kind: Any, **more: Any) -> Callable[[Any], Any]:
-    return lambda own: kind.from_config(own.config, **more)
+def _noise(kind: Any) -> Callable[[Any], Any]:
+    return lambda own: kind.from_config(own.config)
 
 
 METHODS = [
@@ -88,7 +109,7 @@ METHODS = [
     _solver(
         "dpm-solver++",
         "DPM-Solver++ 2M, arXiv 2211.01095",
-        {"flow": _flow(DPMSolverMultistepScheduler), "noise": _noise(DPMSolverMultistepScheduler)},
+        {"flow": _flow(FlowDPMSolver), "noise": _noise(DPMSolverMultistepScheduler)},
     ),
     _solver(
         "unipc",

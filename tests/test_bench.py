@@ -1,0 +1,291 @@
+"""The bench's measures against independent references, and its runs on the tiny FLUX."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from ssim import ssim_by_hand
+from tap_diffusion.bench import judges, metrics
+from tap_diffusion.bench.bench import Bench, Suite
+from tap_diffusion.bench.calibration import SEED, Calibration
+from tap_diffusion.bench.counting import counted, flops, live_bytes
+from tap_diffusion.bench.methods import Method, Variant, load, on_engine, registry, schedules
+from tap_diffusion.bench.methods.forecasters import growing
+from tap_diffusion.bench.methods.solvers import AdamsBashforth2Scheduler
+from tap_diffusion.bench.models import BenchModel, draw
+from tap_diffusion.config import TAPConfig
+from tap_diffusion.errors import UsageError
+from tiny import TOKENS, WORDS, build_pipeline
+
+STEPS = 12
+SUITE = Suite(samples=3, tuned_on=2, budgets=(4,), methods=None, timed=1, repeats=2)
+
+
+def tiny_model(load: Callable[[], Any] = build_pipeline, **changes: Any) -> BenchModel:
+    def arguments(prompts: Any) -> dict[str, Any]:
+        return {
+            "prompt": list(prompts), "negative_prompt": [""] * len(prompts), "true_cfg_scale": 2.0, "height": 32,
+            "width": 32, "max_sequence_length": TOKENS,
+        }  # fmt: skip
+
+    return replace(BenchModel("tiny", load, WORDS, ["red book", "blue frog"], arguments, batch=2), **changes)
+
+
+# --------------------------------------------------------------------------------------------------------- measures
+
+
+def test_psnr_is_ten_times_the_logarithm_of_peak_over_error() -> None:
+    reference = torch.rand(2, 3, 8, 8)
+    pictures = reference.clone()
+    pictures[0] += 0.1
+    assert metrics.psnr(pictures, reference).tolist() == pytest.approx([20.0, metrics.CEILING_DB], abs=1e-4)
+
+
+def test_ssim_of_a_video_is_the_mean_over_its_frames() -> None:
+    torch.manual_seed(0)
+    videos, reference = torch.rand(2, 2, 3, 4, 16, 16).unbind()
+    videos = videos.transpose(1, 2)  # (B, F, C, H, W)
+    reference = reference.transpose(1, 2)
+    expected = [
+        np.mean([ssim_by_hand(a.numpy(), b.numpy()) for a, b in zip(video, other, strict=True)])
+        for video, other in zip(videos, reference, strict=True)
+    ]
+    assert metrics.ssim(videos, reference).tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_latent_error_is_relative() -> None:
+    reference = torch.randn(3, 4, 5)
+    assert metrics.latent_error(1.25 * reference, reference).tolist() == pytest.approx([0.25] * 3)
+
+
+def test_bootstrap_interval_is_that_of_a_mean_of_normal_values() -> None:
+    values = np.random.default_rng(1).normal(3.0, 2.0, 400)
+    low, high = metrics.bootstrap_interval(values.tolist())
+    half = 1.96 * values.std() / math.sqrt(len(values))
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.03)
+
+
+def test_frechet_distance_of_normal_distributions_whose_covariances_commute() -> None:
+    """Then it is ‖μ - μ'‖² + Σ (√λ - √λ')²."""
+    basis = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))[0]
+    one, other = torch.rand(2, 5, dtype=torch.float64).unbind()
+    expected = 5 * 0.3**2 + float((one.sqrt() - other.sqrt()).square().sum())
+    covariances = [basis @ eigenvalues.diag() @ basis.T for eigenvalues in (one, other)]
+    mean = torch.zeros(5, dtype=torch.float64)
+    assert judges.frechet_distance(mean, covariances[0], mean + 0.3, covariances[1]) == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------------------------------------------------- counting
+
+
+def test_full_evaluations_are_counted_from_outside() -> None:
+    pipe, model = build_pipeline(), tiny_model()
+    with counted(pipe) as counts:
+        draw(pipe, model, WORDS[:1], 0, num_inference_steps=STEPS)
+    assert (counts.all, counts.full) == (2 * STEPS, 2 * STEPS)
+    variant = on_engine("", TAPConfig(full_steps=(0, 1, 5, 9)))
+    with variant.applied(pipe), counted(pipe) as counts:
+        draw(pipe, model, WORDS[:1], 0, num_inference_steps=STEPS)
+    assert (counts.all, counts.full) == (2 * STEPS, 2 * 4)
+
+
+def test_flops_of_a_run_fall_with_its_full_steps() -> None:
+    pipe, model = build_pipeline(), tiny_model()
+    totals = []
+    for full in ((0,), (0, 1), (0, 1, 2)):
+        with on_engine("", TAPConfig(full_steps=full, orders=(0,))).applied(pipe), flops(pipe) as counter:
+            draw(pipe, model, WORDS[:1], 0, num_inference_steps=4)
+        totals.append(counter.get_total_flops())
+    assert totals[1] - totals[0] == totals[2] - totals[1] > 0
+
+
+def test_live_bytes_sees_what_is_kept() -> None:
+    pipe, model = build_pipeline(), tiny_model()
+    hoard = [torch.zeros(1 << 20)]
+    found = []
+    for size in (0, 1 << 20):
+        with live_bytes(pipe, every=4) as seen:
+            hoard.append(torch.zeros(size, dtype=torch.uint8))
+            draw(pipe, model, WORDS[:1], 0, num_inference_steps=4)
+        found.append(max(seen))
+    assert found[1] - found[0] == pytest.approx(1 << 20, rel=0.01)
+
+
+# ----------------------------------------------------------------------------------------------------------- solvers
+
+
+def integrated(scheduler: Any, steps: int) -> float:
+    """x at σ = 0, of dx/dσ = -x with x = 1 at σ = 1, whose solution is e."""
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
+    x = torch.ones(1, dtype=torch.float32)
+    for t in scheduler.timesteps:
+        x = scheduler.step(-x, t, x, return_dict=False)[0]
+    return float(x)
+
+
+def test_adams_bashforth_by_hand() -> None:
+    """Three steps of 1/3: Euler's, then x' = x + h (3/2 v - 1/2 v₋) with h = -1/3 and v = -x."""
+    x0 = 1.0
+    x1 = x0 + x0 / 3
+    x2 = x1 + (3 * x1 - x0) / 6
+    x3 = x2 + (3 * x2 - x1) / 6
+    assert integrated(AdamsBashforth2Scheduler(), 3) == pytest.approx(x3, rel=1e-6)
+
+
+def test_adams_bashforth_is_of_second_order_and_eulers_rule_of_first() -> None:
+    for scheduler, order in ((AdamsBashforth2Scheduler(), 2), (FlowMatchEulerDiscreteScheduler(), 1)):
+        coarse, fine = (abs(integrated(scheduler, steps) - math.e) for steps in (40, 80))
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["euler", "adams-bashforth-2", "dpm-solver++", "unipc"])
+def test_solvers_approach_the_full_result_and_leave_the_scheduler(name: str) -> None:
+    pipe, model = build_pipeline(), tiny_model()
+    own = pipe.scheduler
+    calibration = Calibration(pipe, model, steps=48)
+    quality = []
+    for budget in (4, 24):
+        (variant,) = registry()[name].variants(setting(calibration, budget))
+        psnr, full_steps = calibration.quality(variant)
+        assert full_steps == budget
+        quality.append(psnr)
+    assert quality[1] > quality[0] + 6
+    assert pipe.scheduler is own
+
+
+def setting(calibration: Calibration, budget: int) -> Any:
+    from tap_diffusion.bench.methods import Setting
+
+    return Setting(calibration.pipe, calibration.steps, budget, calibration)
+
+
+# ----------------------------------------------------------------------------------------------------------- methods
+
+
+def test_every_schedule_has_no_more_full_steps_than_the_budget() -> None:
+    for budget in (14, 10, 8, 6, 3):
+        for full in [*schedules(50, budget).values(), *growing(50, budget).values()]:
+            assert len(full) <= budget
+            assert full[0] == 0
+    assert growing(50, 14)["growing windows after 5"][:6] == (0, 1, 2, 3, 4, 6)
+
+
+@pytest.mark.parametrize("name", [m.name for m in registry().values() if m.kind in ("tap", "rival")])
+def test_methods_on_the_engine_keep_to_the_budget(name: str) -> None:
+    pipe = build_pipeline()
+    calibration = Calibration(pipe, tiny_model(calibration=["red book"]), STEPS)
+    plain = calibration.full
+    variants = list(registry()[name].variants(setting(calibration, 4)))
+    assert variants
+    for variant in variants[:2]:
+        _, full_steps = calibration.run(variant)
+        assert full_steps == pytest.approx(4, abs=1)
+    again, _ = calibration.run(None)
+    assert torch.equal(again.pictures, plain.pictures)
+
+
+def test_a_threshold_is_found_for_a_budget() -> None:
+    calibration = Calibration(build_pipeline(), tiny_model(calibration=["red book"]), STEPS)
+
+    def of(threshold: float) -> Variant:
+        full = tuple(range(0, STEPS, max(1, round(threshold))))
+        return on_engine(f"{threshold}", TAPConfig(full_steps=full, orders=(0,)))
+
+    threshold = calibration.threshold("test", of, budget=4, low=1.0, high=12.0)
+    assert calibration.run(of(threshold))[1] == 4
+
+
+def test_methods_of_somebodys_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from tap_diffusion.bench.methods import forecaster\n"
+        "METHODS = [forecaster('mine', 'rival', 'me', orders=(1,), horizon_span=0.0)]\n"
+    )
+    assert list(load(file)) == ["mine"]
+    file.write_text("METHODS = 3\n")
+    with pytest.raises(UsageError, match=r"mine\.py has no list METHODS"):
+        load(file)
+    with pytest.raises(UsageError, match="no Python file"):
+        load(tmp_path / "absent.py")
+
+
+# ----------------------------------------------------------------------------------------------------------- the run
+
+
+def bench(out: Path, *names: str, **more: Any) -> Bench:
+    methods = registry()
+    return Bench(tiny_model(), {name: methods[name] for name in names}, SUITE, (4,), out, STEPS, **more)
+
+
+@pytest.mark.slow
+def test_a_run_measures_what_it_says(tmp_path: Path) -> None:
+    cells = {cell["method"]: cell for cell in bench(tmp_path, "tap", "fora", "euler").run()}
+    assert list(cells) == ["full", "tap", "fora", "euler"]
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(list(cells.values())))
+    for name, family in (("tap", "tap"), ("fora", "rival"), ("euler", "solver")):
+        cell = cells[name]
+        assert cell["family"] == family
+        assert cell["full_steps"] == 4
+        assert cell["evaluations_speedup"] == 3.0
+        assert cell["time_speedup"] > 0
+        assert cell["psnr_ci"][0] <= cell["psnr_db"] <= cell["psnr_ci"][1]
+    assert cells["tap"]["memory_bytes"] > cells["fora"]["memory_bytes"] > 0 == cells["euler"]["memory_bytes"]
+    assert cells["fora"]["difference_db"] == pytest.approx(cells["fora"]["psnr_db"] - cells["tap"]["psnr_db"])
+
+    # What Parquet holds is what the pictures say.
+    samples = pq.read_table(tmp_path / "samples.parquet").to_pylist()
+    row = next(row for row in samples if row["method"] == "euler" and row["seed"] == 2)
+    pipe, model = build_pipeline(), tiny_model()
+    full, few = (draw(pipe, model, WORDS[2:], 2, num_inference_steps=steps) for steps in (STEPS, 4))
+    assert row["psnr_db"] == pytest.approx(float(metrics.psnr(few.pictures, full.pictures)[0]), abs=1e-3)
+    assert row["condition"] == WORDS[2]
+    tried = json.loads((tmp_path / "tuning" / "fora-4.json").read_text())
+    assert {entry["schedule"] for entry in tried} == {"paper", "even", "even after 2"}
+    best = max(tried, key=lambda entry: entry["psnr_db"])
+    assert cells["fora"]["schedule"] == best["schedule"]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_interrupted_goes_on(tmp_path: Path) -> None:
+    @contextmanager
+    def interrupted(_: Any) -> Iterator[None]:
+        raise KeyboardInterrupt
+        yield
+
+    def stops(_: Any) -> list[Variant]:
+        return [Variant("never", interrupted)]
+
+    methods = {name: registry()[name] for name in ("tap", "fora")}
+    broken = methods | {"zz": Method("zz", "rival", "", stops)}
+    with pytest.raises(KeyboardInterrupt):
+        Bench(tiny_model(), broken, SUITE, (4,), tmp_path / "a", STEPS).run()
+    done = {file: file.stat().st_mtime_ns for file in (tmp_path / "a").rglob("*-4.*") if "zz" not in file.name}
+    assert done
+    resumed = bench(tmp_path / "a", "tap", "fora").run()
+    assert {file: file.stat().st_mtime_ns for file in done} == done
+    fresh = bench(tmp_path / "b", "tap", "fora").run()
+    timed = ("time_speedup", "time_speedup_range", "memory_bytes")
+    for one, other in zip(resumed, fresh, strict=True):
+        assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
+
+
+def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
+    bench(tmp_path, "tap")
+    with pytest.raises(UsageError, match="holds a run with steps 12, not 20"):
+        Bench(tiny_model(), {}, SUITE, (4,), tmp_path, 20)
+
+
+def test_calibration_and_measured_seeds_are_apart() -> None:
+    assert SEED > 1000
