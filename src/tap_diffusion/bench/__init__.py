@@ -3,3 +3,4 @@
 from pathlib import Path
 
 BENCH_DATA = Path(__file__).parent / "models_data"
+BASELINE = "tap"  # the method that others are compared to, pair by pair
