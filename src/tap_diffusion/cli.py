@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +30,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 console = Console()
+
+
+class SuiteName(StrEnum):
+    """How much the bench does."""
+
+    quick = "quick"
+    standard = "standard"
+    paper = "paper"
 
 
 class DType(StrEnum):
@@ -118,10 +129,93 @@ def generate(
                 f"out of memory at batch size {batch_size}; try a smaller one, or smaller pictures"
             ) from error
     except (ConfigError, UnsupportedModelError, UsageError) as error:
-        Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        raise typer.Exit(2) from None
+        raise _failed(error) from None
     console.print(_table(result))
     console.print(f"{len(wanted)} pictures, {', '.join(written)} in {out}", highlight=False)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, _option("What", "--model", "-m", help="emoji, fashion or sprites.")] = "emoji",
+    suite: Annotated[
+        SuiteName, _option("What", help="quick: minutes, a few methods; standard: all; paper: more samples.")
+    ] = SuiteName.quick,
+    methods: Annotated[
+        list[str] | None,
+        _option(
+            "What", "--methods", help="Names, or a FILE.py with METHODS; repeat or use commas.", default="the suite's"
+        ),
+    ] = None,
+    budgets: Annotated[
+        str | None, _option("What", help="Full evaluations per trajectory, like 14,10,8,6.", default="the suite's")
+    ] = None,
+    steps: Annotated[int, _option("What", help="Denoising steps of the full result.", min=3)] = 50,
+    report_only: Annotated[bool, _option("Output", "--report-only", help="Make the report of --out again.")] = False,
+    out: Annotated[Path, _option("Output", "--out", "-o", help="Folder; a run begun there goes on.")] = Path("bench"),
+) -> None:
+    """Compare TAP with other methods, each at its best.
+
+    Example: tap bench --suite standard --methods tap,taylorseer-1,euler --budgets 10,8
+    """
+    try:
+        wanted = None if budgets is None else _budgets(budgets)
+        with _importing():
+            from tap_diffusion.bench.report import read_cells, summary, write_report
+        if report_only:
+            read_cells(out)
+            _make_writable(out)
+        else:
+            _run_bench(model, suite, methods, wanted, steps, out)
+        page, cells = write_report(out), read_cells(out)
+    except (ConfigError, UnsupportedModelError, UsageError) as error:
+        raise _failed(error) from None
+    except KeyboardInterrupt:
+        Console(stderr=True).print(f"Interrupted. What is done is in {escape(str(out))}; the same call goes on there.")
+        raise typer.Exit(130) from None
+    for table in summary(cells):
+        console.print(table)
+    console.print(f"{page.name}, results.json, samples.parquet in {out}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _run_bench(
+    model: str, suite: SuiteName, given: list[str] | None, budgets: list[int] | None, steps: int, out: Path
+) -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    with _importing():
+        from tap_diffusion.bench.bench import SUITES, Bench
+        from tap_diffusion.bench.methods import load, registry
+        from tap_diffusion.bench.models import MODELS
+    if model not in MODELS:
+        raise UsageError(f"unknown model '{model}': give one of {', '.join(MODELS)}")
+    does = SUITES[suite]
+    budgets = budgets or list(does.budgets)
+    for budget in budgets:
+        if not 2 <= budget < steps:
+            raise UsageError(f"budget {budget} is not between 2 and {steps - 1}, one less than the steps")
+    methods = known = registry()
+    names = [name for item in given or () for name in item.split(",")]
+    if given is not None:
+        methods = {}
+        for name in names:
+            if name.endswith(".py"):
+                own = load(Path(name))
+                for taken in own.keys() & known.keys():
+                    raise UsageError(f"{name} has a method '{taken}', as the bench has; give it another name")
+                methods |= own
+            elif name in known:
+                methods[name] = known[name]
+            else:
+                raise UsageError(f"unknown method '{name}': give a FILE.py or some of {', '.join(known)}")
+    elif does.methods is not None:
+        methods = {name: known[name] for name in does.methods}
+    _make_writable(out)
+    run = Bench(MODELS[model](), methods, does, budgets, out, steps)
+    command = ["tap", "bench", "--model", model, "--suite", suite.value]
+    command += ["--methods", ",".join(names)] if names else []
+    command += ["--budgets", ",".join(map(str, budgets)), "--steps", str(steps), "--out", str(out)]
+    (out / "command.txt").write_text(shlex.join(command) + "\n", encoding="utf-8")
+    run.run()
 
 
 @app.command()
@@ -167,6 +261,28 @@ def _prompts(given: list[str], file: Path | None) -> list[str]:
     if not prompts:
         raise UsageError(f"the prompt file {file} is empty" if file else "no prompt: give some, or a file by --prompts")
     return prompts
+
+
+def _budgets(text: str) -> list[int]:
+    try:
+        return list(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise UsageError(f"budgets '{text}' are not integers with commas between, like 14,10,8,6") from None
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """For imports that take seconds, of what not everybody has installed."""
+    with console.status("importing what the bench needs"):
+        try:
+            yield
+        except ModuleNotFoundError as error:
+            raise UsageError(f"the bench needs {error.name}: pip install 'tap-diffusion[bench]'") from error
+
+
+def _failed(error: Exception) -> typer.Exit:
+    Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+    return typer.Exit(2)
 
 
 def _config(file: Path | None, paper: bool, interval: int | None, warmup: int | None) -> TAPConfig:

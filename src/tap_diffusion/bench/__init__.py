@@ -3,3 +3,4 @@
 from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"  # of models and judges
+BASELINE = "tap"  # the method that others are compared to, pair by pair

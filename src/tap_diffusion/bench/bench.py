@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from tap_diffusion import __version__
-from tap_diffusion.bench import metrics
+from tap_diffusion.bench import BASELINE, metrics
 from tap_diffusion.bench.calibration import Calibration, run
 from tap_diffusion.bench.counting import Counts, counted, flops, live_bytes
 from tap_diffusion.bench.methods import Method, Setting, Variant
@@ -36,7 +36,6 @@ from tap_diffusion.demo.sheets import sheet
 from tap_diffusion.errors import UsageError
 
 SHOWN = 8  # samples of each cell that are kept as pictures
-BASELINE = "tap"  # the method that others are compared to, pair by pair
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,436 @@
+"""What a run of the bench found: a page that needs nothing but itself, and tables for the terminal.
+
+Both are made from the files that the run left, so that a report can be made again without running anything.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow.parquet as pq
+from rich.markup import escape as escape_markup
+from rich.table import Table
+
+from tap_diffusion.bench import BASELINE, plots
+from tap_diffusion.errors import UsageError
+
+Cell = dict[str, Any]
+Verdict = Literal["baseline", "better", "worse", "not told apart", "not compared"]
+
+_MARKS: dict[Verdict, str] = {
+    "baseline": "baseline", "better": "▲ better", "worse": "▼ worse", "not told apart": "≈ not told apart",
+    "not compared": "–",
+}  # fmt: skip
+_PAGE_WIDTH = 1000  # pixels to which small sheets are enlarged
+_FEW = 30  # samples, under which percentile intervals cover the mean clearly less often than they say
+
+
+def read_cells(out: Path) -> list[Cell]:
+    """The cells that a run left in its folder; the first is the full model's.
+
+    Raises:
+        UsageError: there are none.
+    """
+    return list(_json(out, "results.json"))
+
+
+def write_report(out: Path) -> Path:
+    """Write ``report.html`` into the folder of a run.
+
+    Args:
+        out: the folder.
+
+    Returns:
+        The file.
+
+    Raises:
+        UsageError: the folder holds no results.
+    """
+    cells, run = read_cells(out), _json(out, "run.json")
+    full = next(cell for cell in cells if "psnr_db" not in cell)
+    measured = [cell for cell in cells if "psnr_db" in cell]
+    sections = [
+        ("in-short", "In short", _in_short(measured)),
+        ("frontier", "Frontier", _frontier(measured)),
+        ("results", "Results", _results(measured, full)),
+        ("tuning", "What was tried in tuning", _tuning(out, measured)),
+        ("pictures", "Pictures", _pictures(out, measured, full)),
+        ("settings", "Exact settings", _settings(measured)),
+    ]
+    here = Path(__file__).parent
+    title = f"TAP bench: {full['model']}, {full['steps']} steps"
+    page = out / "report.html"
+    page.write_text(
+        f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<style>
+{(here / "report.css").read_text(encoding="utf-8")}</style>
+</head>
+<body>
+<header>
+<h1>{escape(title)}</h1>
+<nav>{" ".join(f'<a href="#{name}">{heading}</a>' for name, heading, _ in sections)}</nav>
+{_heading(out, run, measured, full)}
+</header>
+<main>
+{"".join(f'<section id="{name}"><h2>{heading}</h2>{body}</section>' for name, heading, body in sections)}
+</main>
+<script>
+{(here / "report.js").read_text(encoding="utf-8")}</script>
+</body>
+</html>
+""",
+        encoding="utf-8",
+    )
+    return page
+
+
+def summary(cells: Sequence[Cell]) -> list[Table]:
+    """One table for each budget, the best PSNR first."""
+    tables = []
+    styles: dict[Verdict, str] = {"baseline": "bold", "better": "bold green", "worse": "", "not told apart": ""}
+    measured = [cell for cell in cells if "psnr_db" in cell]
+    for budget in _budgets(measured):
+        table = Table(title=f"{budget} full evaluations", title_justify="left", title_style="bold")
+        for head in ("method", "schedule"):
+            table.add_column(head, overflow="fold")
+        for head in ("full", "time", "PSNR", f"to {BASELINE} [95 %], dB"):
+            table.add_column(head, justify="right", no_wrap=True)
+        for cell in _ranked(measured, budget):
+            found = verdict(cell)
+            compared = "difference_db" in cell
+            table.add_row(
+                escape_markup(cell["method"]),
+                escape_markup(cell["schedule"]),
+                f"{cell['full_steps']:.4g}",
+                _times(cell["time_speedup"]),
+                f"{cell['psnr_db']:.2f}",
+                f"{_signed(cell['difference_db'])} {_interval(cell['difference_ci'], _signed)} {_MARKS[found][0]}"
+                if compared
+                else _MARKS[found],
+                style=styles.get(found, ""),
+            )
+        tables.append(table)
+    if tables:
+        tables[-1].caption = "▲ better, ▼ worse, ≈ not told apart, by the 95 % interval of the difference"
+        tables[-1].caption_justify = "left"
+    return tables
+
+
+def verdict(cell: Cell) -> Verdict:
+    """Whether a method differs from TAP: whether the interval of the paired difference leaves 0 out."""
+    if cell["method"] == BASELINE:
+        return "baseline"
+    if "difference_ci" not in cell:
+        return "not compared"
+    low, high = cell["difference_ci"]
+    return "better" if low > 0 else "worse" if high < 0 else "not told apart"
+
+
+# ------------------------------------------------------------------------------------------------------- the sections
+
+
+def _heading(out: Path, run: Mapping[str, Any], measured: Sequence[Cell], full: Cell) -> str:
+    """What was run, and how methods were compared."""
+    suite, machine = run["suite"], run["machine"]
+    methods = len({cell["method"] for cell in measured})
+    command = out / "command.txt"
+    again = command.read_text(encoding="utf-8").strip() if command.exists() else None
+    facts = {
+        "Model": escape(full["model"]),
+        "Run": f"{methods} methods at {_listed(map(str, _budgets(measured)))} full evaluations;"
+        f" the full result has {full['steps']} steps",
+        "To repeat": f"<pre>{escape(again)}</pre>" if again else "started from Python, not by the command",
+        "Versions": escape(", ".join(f"{name} {version}" for name, version in run["versions"].items())),
+        "Machine": escape(f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} torch threads"),
+        "Files from": f"{_date(out / 'run.json')} (begun), {_date(out / 'results.json')} (results)",
+    }
+    few = " With so few samples they are too narrow." if full["samples"] < _FEW else ""
+    compared = sum("difference_ci" in cell for cell in measured)
+    by_chance = (
+        f" Intervals are not corrected for the number of comparisons: of {compared}, about {0.05 * compared:.1f} would"
+        " leave 0 out by chance if no method differed from TAP."
+        if compared
+        else ""
+    )
+    return f"""<dl>{"".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts.items())}</dl>
+<p><b>How methods were compared.</b> Each method is tuned by itself: at each budget all its variants (schedules, or
+thresholds fitted to the budget) are tried on {suite["tuned_on"]} calibration samples, and the one with the highest
+mean PSNR is then measured on {full["samples"]} others. Quality is the distance to the full result: what the same
+pipeline draws from the same noise with {full["steps"]} full steps. Differences to TAP are paired by seed. Intervals in
+brackets are 95 % percentile bootstrap intervals of the mean over samples, those of differences of the mean paired
+difference.{few}{by_chance} Speed-ups in time are ratios to the plain pipeline, run before and after every few methods
+in the same process, in another order each time: median and range; timed runs: {suite["repeats"]}, of {suite["timed"]}
+samples. A budget counts full evaluations; methods with a threshold meet it only about, so see their full steps.</p>"""
+
+
+def _in_short(measured: Sequence[Cell]) -> str:
+    """Who is better than TAP, and who can't be told from it."""
+    if not any("difference_ci" in cell for cell in measured):
+        return f'<p class="note">The method {BASELINE} was not run, so nothing is compared to it.</p>'
+    rows = []
+    for budget in _budgets(measured):
+        cells = _ranked(measured, budget)
+        names = {kind: [cell["method"] for cell in cells if verdict(cell) == kind] for kind in _MARKS}
+        baseline = next((cell for cell in cells if cell["method"] == BASELINE), None)
+        rows.append(
+            f"<tr><th>{budget}</th><td>{_psnr(baseline) if baseline else '–'}</td>"
+            f'<td class="text names"><span class="better-names">{_listed(map(escape, names["better"]))}</span></td>'
+            f'<td class="text names">{_listed(map(escape, names["not told apart"]))}</td>'
+            f"<td>{len(names['worse'])}</td></tr>"
+        )
+    return f"""<p>By PSNR at equal budgets of full evaluations: does the interval of the difference leave 0 out?</p>
+<div class="wide"><table><thead><tr><th class="text">full evaluations</th><th>PSNR of TAP (dB)</th>
+<th class="text">better than TAP</th><th class="text">not told apart from TAP</th><th>worse than TAP</th></tr></thead>
+<tbody>{"".join(rows)}</tbody></table></div>"""
+
+
+def _frontier(measured: Sequence[Cell]) -> str:
+    untimed = sum(cell["time_speedup"] is None for cell in measured)
+    missing = (
+        f" {untimed} of {len(measured)} cells have no measured time and are not in the second plot." if untimed else ""
+    )
+    return f"""<div class="plots"><figure>{plots.evaluations_plot(measured, BASELINE)}</figure>
+<figure>{plots.time_plot(measured, BASELINE)}</figure></div>
+<p class="note">In colour: TAP, every method that no other beats in both PSNR and cost at some point, and the best of
+each family at the smallest budget. Grey: the rest. Vertical bars are 95 % intervals of the mean PSNR, horizontal
+ones the range of the timed runs. In the first plot coloured points stand a little aside of each other.{missing}</p>"""
+
+
+def _results(measured: Sequence[Cell], full: Cell) -> str:
+    scores = list(full["scores"]) or sorted({name for cell in measured for name in cell["scores"]})
+    compared = any("difference_ci" in cell for cell in measured)
+    heads = [
+        ("method", ""), ("family", ""), ("schedule", ""), ("full steps", ""), ("evaluations", "fewer, ×"),
+        ("FLOPs", "fewer, ×"), ("time", "faster, × [range]"), ("PSNR", "dB [95 %]"),
+        *([("to TAP", "dB [95 %]"), ("by PSNR", "")] if compared else []), ("SSIM", ""), ("latent error", ""),
+        *((name, "no reference") for name in scores), ("memory", "extra"),
+    ]  # fmt: skip
+    head = "".join(
+        f"<th{' class=text' if i < 3 or name == 'by PSNR' else ''}>{escape(name)}"
+        + (f'<br><span class="range">{note}</span></th>' if note else "</th>")
+        for i, (name, note) in enumerate(heads)
+    )
+    reference = [
+        "", full["schedule"], f"{full['full_steps']:.4g}", "1×", "1×", "1×", "reference",
+        *(["", ""] if compared else []), "", "", *(_maybe(full["scores"].get(name), ".4g") for name in scores), "",
+    ]  # fmt: skip
+    parts = [
+        '<p class="note">Sorted by PSNR; click on a head to sort by it. Evaluations count full steps only, FLOPs and'
+        " time all that is run. Scores need no reference; the first row has the full model's. Memory is the most that"
+        " tensors were seen to take beyond the plain pipeline's, for one sample."
+        " A number of full steps that misses the budget by over 2 % is bold.</p>"
+    ]
+    for budget in _budgets(measured):
+        rows = "".join(_row(cell, scores, compared) for cell in _ranked(measured, budget))
+        parts.append(
+            f'<h3 id="budget-{budget}">{budget} full evaluations</h3><div class="wide"><table class="sortable">'
+            f'<thead><tr>{head}</tr></thead><tbody><tr class="full"><th>full</th>'
+            f"{''.join(f'<td>{value}</td>' for value in reference)}</tr></tbody>"
+            f"<tbody>{rows}</tbody></table></div>"
+        )
+    return "".join(parts)
+
+
+def _row(cell: Cell, scores: Iterable[str], compared: bool) -> str:
+    found = verdict(cell)
+    off = abs(cell["full_steps"] - cell["budget"]) > 0.02 * cell["budget"]
+    low, high = cell["time_speedup_range"] or (0.0, 0.0)
+    spread = f' <span class="range">[{low:.2f}, {high:.2f}]</span>' if low != high else ""
+    columns: list[tuple[str, float | None, str]] = [  # what is shown, what it is sorted by, class
+        (_family(cell), None, "text"),
+        (escape(cell["schedule"]), None, "text"),
+        (f"{cell['full_steps']:.4g}", cell["full_steps"], "off" if off else ""),
+        (_times(cell["evaluations_speedup"]), cell["evaluations_speedup"], ""),
+        (_times(cell["flops_speedup"]), cell["flops_speedup"], ""),
+        (_times(cell["time_speedup"]) + spread, cell["time_speedup"], ""),
+        (_psnr(cell), cell["psnr_db"], ""),
+    ]
+    if compared:
+        difference = ""
+        if "difference_ci" in cell:
+            interval = _interval(cell["difference_ci"], _signed)
+            difference = f'{_signed(cell["difference_db"])} <span class="range">{interval}</span>'
+        columns += [(difference, cell.get("difference_db"), ""), (_MARKS[found], None, "text verdict")]
+    columns += [
+        (f"{cell['ssim']:.4f}", cell["ssim"], ""),
+        (f"{cell['latent_error']:.4f}", cell["latent_error"], ""),
+        *((_maybe(cell["scores"].get(name), ".4g"), cell["scores"].get(name), "") for name in scores),
+        (_bytes(cell["memory_bytes"]), cell["memory_bytes"], ""),
+    ]
+    tds = "".join(_td(*column) for column in columns)
+    return f'<tr class="{found.replace(" ", "-")}"><th>{_name(cell)}</th>{tds}</tr>'
+
+
+def _tuning(out: Path, measured: Sequence[Cell]) -> str:
+    parts = [
+        '<p class="note">Mean PSNR of each schedule on the calibration samples. In bold what was then measured. A'
+        " method with one schedule only is not tuned.</p>"
+    ]
+    for budget in _budgets(measured):
+        rows = []
+        for cell in _ranked(measured, budget):
+            file = out / "tuning" / f"{cell['method']}-{budget}.json"
+            for i, tried in enumerate(json.loads(file.read_text(encoding="utf-8")) if file.exists() else []):
+                chosen = tried["schedule"] == cell["schedule"]
+                rows.append(
+                    f"<tr{' class=chosen' if chosen else ''}><th>{_name(cell) if i == 0 else ''}</th>"
+                    f'<td class="text">{escape(tried["schedule"])}</td>'
+                    f"<td>{_maybe(tried['psnr_db'], '.2f')}</td><td>{_maybe(tried['full_steps'], '.4g')}</td>"
+                    f'<td class="text">{"✓ measured" if chosen else ""}</td></tr>'
+                )
+        table = (
+            '<div class="wide"><table><thead><tr><th class="text">method</th><th class="text">schedule</th>'
+            "<th>PSNR (dB)</th><th>full steps</th><th></th></tr></thead>"
+            f"<tbody>{''.join(rows)}</tbody></table></div>"
+        )
+        parts.append(_folded(f"{budget} full evaluations", table + _not_applicable(out, budget)))
+    return "".join(parts)
+
+
+def _not_applicable(out: Path, budget: int) -> str:
+    """Methods that were asked for and had nothing to try."""
+    files = sorted((out / "tuning").glob(f"*-{budget}.json"))
+    names = [file.stem.removesuffix(f"-{budget}") for file in files if json.loads(file.read_text("utf-8")) == []]
+    return f'<p class="note">Not possible here: {_listed(map(escape, names))}.</p>' if names else ""
+
+
+def _pictures(out: Path, measured: Sequence[Cell], full: Cell) -> str:
+    if not (out / "pictures").is_dir():
+        return '<p class="note">The folder holds no pictures.</p>'
+    drawn = ""
+    if (out / "samples.parquet").exists():
+        samples = pq.read_table(out / "samples.parquet", columns=["method", "seed", "condition"]).to_pylist()
+        items = "".join(f"<li>{escape(s['condition'])}</li>" for s in samples if s["method"] == full["method"])
+        drawn = _folded("What was drawn, by seed", f'<ol start="0">{items}</ol>')
+    parts = [
+        '<p class="note">The samples of the first seeds, the same on every sheet; the full result stays in sight. The'
+        f" best PSNR comes first.</p>{drawn}",
+        f'<div class="reference">{_sheet(out / "pictures" / "full.png", "<b>full result</b>")}</div>',
+    ]
+    for budget in _budgets(measured):
+        sheets = "".join(
+            _sheet(
+                out / "pictures" / f"{cell['method']}-{budget}.png",
+                f"<b>{escape(cell['method'])}</b> {_family(cell)}, {cell['full_steps']:.4g} full steps,"
+                f" {cell['psnr_db']:.2f} dB, {_MARKS[verdict(cell)]}",
+            )
+            for cell in _ranked(measured, budget)
+        )
+        parts.append(_folded(f"{budget} full evaluations", sheets))
+    return "".join(parts)
+
+
+def _sheet(file: Path, caption: str) -> str:
+    if not file.exists():
+        return f"<p>{caption}: no picture</p>"
+    content = file.read_bytes()
+    width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))  # of the PNG's header
+    scale = max(1, _PAGE_WIDTH // width)
+    return (
+        f'<figure class="sheet"><figcaption>{caption}</figcaption><img{" class=pixelated" if scale > 1 else ""} alt=""'
+        f' width="{width * scale}" height="{height * scale}" loading="lazy"'
+        f' src="data:image/png;base64,{base64.b64encode(content).decode()}"></figure>'
+    )
+
+
+def _settings(measured: Sequence[Cell]) -> str:
+    parts = []
+    for budget in _budgets(measured):
+        cells = (
+            _folded(
+                f"{escape(cell['method'])}, {escape(cell['schedule'])}",
+                f"<pre>{escape(json.dumps(cell['settings'], ensure_ascii=False, indent=2))}</pre>",
+            )
+            for cell in _ranked(measured, budget)
+        )
+        parts.append(_folded(f"{budget} full evaluations", "".join(cells)))
+    return "".join(parts)
+
+
+# ----------------------------------------------------------------------------------------------------------- the parts
+
+
+def _json(out: Path, name: str) -> Any:
+    try:
+        return json.loads((out / name).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UsageError(f"the folder {out} holds no finished run of the bench: {name}: {error}") from error
+
+
+def _budgets(cells: Iterable[Cell]) -> list[int]:
+    return sorted({cell["budget"] for cell in cells}, reverse=True)
+
+
+def _ranked(cells: Iterable[Cell], budget: int) -> list[Cell]:
+    return sorted((cell for cell in cells if cell["budget"] == budget), key=lambda cell: -cell["psnr_db"])
+
+
+def _folded(title: str, body: str) -> str:
+    return f"<details><summary>{title}</summary>{body}</details>"
+
+
+def _name(cell: Cell) -> str:
+    """The method's name, linked to its paper where it has one."""
+    source, name = cell["source"], escape(cell["method"])
+    paper = re.search(r"\b\d{4}\.\d{4,5}\b", source)
+    if paper:
+        return f'<a href="https://arxiv.org/abs/{paper[0]}" title="{escape(source)}">{name}</a>'
+    return f'<span title="{escape(source)}">{name}</span>'
+
+
+def _family(cell: Cell) -> str:
+    return f'<span class="family {escape(cell["family"])}">{escape(cell["family"])}</span>'
+
+
+def _psnr(cell: Cell) -> str:
+    return f'{cell["psnr_db"]:.2f} <span class="range">{_interval(cell["psnr_ci"], "{:.2f}".format)}</span>'
+
+
+def _interval(ends: Sequence[float], form: Any) -> str:
+    return f"[{form(ends[0])}, {form(ends[1])}]"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def _times(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}×"
+
+
+def _maybe(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def _td(shown: str, value: float | None, kind: str) -> str:
+    """A cell of a table; a number is sorted by its value, not by what is shown."""
+    by = "" if value is None else value
+    return f'<td class="{kind}">{shown}</td>' if "text" in kind else f'<td class="{kind}" data-v="{by}">{shown}</td>'
+
+
+def _listed(items: Iterable[str]) -> str:
+    return ", ".join(items)
+
+
+def _date(file: Path) -> str:
+    return datetime.fromtimestamp(file.stat().st_mtime, UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -1,0 +1,409 @@
+"""The bench's report and ``tap bench``, on a made-up folder of results: no model runs."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from rich.console import Console
+from typer.testing import CliRunner
+
+from tap_diffusion.bench import bench, plots
+from tap_diffusion.bench.methods import registry
+from tap_diffusion.bench.models import MODELS
+from tap_diffusion.bench.report import read_cells, summary, verdict, write_report
+from tap_diffusion.cli import app
+from tap_diffusion.errors import UsageError
+
+ODD = "<b>odd</b> & $x_1$"
+VOID = {"meta", "br", "img", "link", "path", "use", "hr", "input"}
+
+
+def cell(method: str, family: str, psnr: float, difference: tuple[float, float, float] | None, **more: Any) -> Any:
+    """One cell at 8 of 50 full evaluations."""
+    found = {
+        "model": "emoji", "method": method, "family": family, "source": "arXiv 2603.03792", "schedule": "even",
+        "budget": 8, "full_steps": 8.0, "steps": 50, "samples": 64, "evaluations_speedup": 6.25, "flops_speedup": 6.01,
+        "time_speedup": 5.43, "time_speedup_range": [5.31, 5.56], "memory_bytes": 1_500_000,
+        "settings": {"orders": [1]}, "psnr_db": psnr, "psnr_ci": [psnr - 0.5, psnr + 0.5],
+        "ssim": 0.9123, "latent_error": 0.0456, "scores": {"clip": 0.281},
+    }  # fmt: skip
+    if difference is not None:
+        found |= {"difference_db": difference[0], "difference_ci": list(difference[1:])}
+    return found | more
+
+
+CELLS = [
+    {
+        "model": "emoji", "method": "full", "family": "full", "source": "", "schedule": "every step", "budget": 50,
+        "full_steps": 50, "steps": 50, "samples": 64, "evaluations_speedup": 1.0, "flops_speedup": 1.0,
+        "time_speedup": None, "time_speedup_range": None, "memory_bytes": 0, "settings": {}, "scores": {"clip": 0.293},
+    },
+    cell("tap", "tap", 34.5, None),
+    cell("stronger", "rival", 35.75, (1.25, 0.5, 2.0)),
+    cell("weaker", "solver", 31.0, (-3.5, -4.0, -3.0), source="no paper"),
+    cell("alike", "peer", 34.25, (-0.25, -0.75, 0.25), time_speedup=None, time_speedup_range=None, full_steps=8.6),
+    cell(ODD, "rival", 30.0, (-4.5, -5.0, -4.0), scores={}, settings={"word": "</pre><script>"}),
+    cell("tap", "tap", 38.0, None, budget=10, full_steps=10.0),
+    cell("stronger", "rival", 37.0, (-1.0, -1.5, -0.5), budget=10, full_steps=10.0),
+]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What a run of the bench leaves."""
+    for name in ("tuning", "pictures"):
+        (tmp_path / name).mkdir()
+    run = {
+        "model": "emoji", "steps": 50, "suite": {"samples": 64, "tuned_on": 16, "timed": 4, "repeats": 3},
+        "versions": {"tap_diffusion": "0.1.0", "torch": "9.9.9"},
+        "machine": {"processor": "Some <Processor>", "cores": 2, "threads": 1},
+    }  # fmt: skip
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    (tmp_path / "results.json").write_text(json.dumps(CELLS))
+    (tmp_path / "command.txt").write_text("tap bench --model emoji --out 'a <b>'\n")
+    tried = [
+        {"schedule": schedule, "psnr_db": psnr, "full_steps": 8.0, "settings": {}}
+        for schedule, psnr in (("paper", 28.125), ("even", 33.875))
+    ]
+    (tmp_path / "tuning" / "stronger-8.json").write_text(json.dumps(tried))
+    (tmp_path / "tuning" / "tap-8.json").write_text(json.dumps([tried[1] | {"psnr_db": None, "full_steps": None}]))
+    (tmp_path / "tuning" / "ddim-8.json").write_text("[]")
+    Image.new("RGB", (240, 60), "red").save(tmp_path / "pictures" / "full.png")
+    Image.new("RGB", (240, 60), "blue").save(tmp_path / "pictures" / "stronger-8.png")
+    Image.new("RGB", (2000, 60), "blue").save(tmp_path / "pictures" / "tap-8.png")
+    rows = {"method": ["full", "full", "tap"], "seed": [0, 1, 0], "condition": ["red <apple>", "frog", "red <apple>"]}
+    pq.write_table(pa.table(rows), tmp_path / "samples.parquet")
+    return tmp_path
+
+
+class Page(HTMLParser):
+    """Rows of the tables under each heading, the resources, and whether tags are closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows: list[tuple[str, str, list[str]]] = []  # heading, class of the row, texts of its cells
+        self.links: list[tuple[str, str, str]] = []  # tag, attribute, value
+        self.ids: list[str] = []
+        self.tags: list[str] = []
+        self._open: list[str] = []
+        self._heading = ""
+        self.feed(text)
+        self.close()
+        assert not self._open, self._open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.tags.append(tag)
+        self.links += [(tag, name, found[name] or "") for name in ("src", "href", "xlink:href") if name in found]
+        self.ids += [found["id"] or ""] if "id" in found else []
+        if tag == "tr":
+            self.rows.append((self._heading, found.get("class") or "", []))
+        elif tag in ("td", "th") and self.rows:
+            self.rows[-1][2].append("")
+        elif tag in ("h2", "h3"):
+            self._heading = ""
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self._open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self._open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if {"td", "th"} & set(self._open):
+            self.rows[-1][2][-1] += data
+        elif {"h2", "h3"} & set(self._open):
+            self._heading += data
+
+
+def results(page: Page, budget: int) -> dict[str, tuple[str, dict[str, str]]]:
+    """Class and named cells of each method's row."""
+    rows = [(kind, texts) for heading, kind, texts in page.rows if heading == f"{budget} full evaluations"]
+    head, *rest = rows
+    return {texts[0]: (kind, dict(zip(head[1], texts, strict=True))) for kind, texts in rest if len(texts) > 5}
+
+
+def test_every_method_has_a_row_with_its_figures(folder: Path) -> None:
+    page = Page(write_report(folder).read_text(encoding="utf-8"))
+    rows = results(page, 8)
+    assert list(rows) == ["full", "stronger", "tap", "alike", "weaker", ODD]  # the full model, then by PSNR
+    assert rows["stronger"][1] == {
+        "method": "stronger", "family": "rival", "schedule": "even", "full steps": "8", "evaluationsfewer, ×": "6.25×",
+        "FLOPsfewer, ×": "6.01×", "timefaster, × [range]": "5.43× [5.31, 5.56]",
+        "PSNRdB [95 %]": "35.75 [35.25, 36.25]",
+        "to TAPdB [95 %]": "+1.25 [+0.50, +2.00]", "by PSNR": "▲ better", "SSIM": "0.9123", "latent error": "0.0456",
+        "clipno reference": "0.281", "memoryextra": "1.5 MB",
+    }  # fmt: skip
+    assert rows["alike"][1]["timefaster, × [range]"] == "–"
+    assert rows["alike"][1]["full steps"] == "8.6"
+    assert rows["full"][1]["clipno reference"] == "0.293"
+    assert rows[ODD][1]["clipno reference"] == "–"
+    assert list(results(page, 10)) == ["full", "tap", "stronger"]
+
+
+def test_a_method_that_beats_tap_is_marked(folder: Path) -> None:
+    page = Page(write_report(folder).read_text(encoding="utf-8"))
+    marks = {name: (kind, cells["by PSNR"]) for name, (kind, cells) in results(page, 8).items()}
+    assert marks == {
+        "full": ("full", ""), "stronger": ("better", "▲ better"), "tap": ("baseline", "baseline"),
+        "alike": ("not-told-apart", "≈ not told apart"), "weaker": ("worse", "▼ worse"), ODD: ("worse", "▼ worse"),
+    }  # fmt: skip
+    assert results(page, 10)["stronger"][0] == "worse"
+    short = [texts for heading, _, texts in page.rows if heading == "In short"]
+    assert short[1:] == [["10", "38.00 [37.50, 38.50]", "", "", "1"],
+                         ["8", "34.50 [34.00, 35.00]", "stronger", "alike", "2"]]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [((0.01, 1), "better"), ((-1, -0.01), "worse"), ((-1, 1), "not told apart"), ((0, 1), "not told apart")],
+)
+def test_verdict(interval: tuple[float, float], expected: str) -> None:
+    assert verdict({"method": "other", "difference_ci": interval}) == expected
+
+
+def test_the_page_needs_nothing_but_itself(folder: Path) -> None:
+    text = write_report(folder).read_text(encoding="utf-8")
+    page = Page(text)
+    for tag, name, value in page.links:
+        inside = value.startswith("#") or value.startswith("data:image/png;base64,")
+        assert inside or (tag == "a" and value.startswith("https://arxiv.org/abs/")), (tag, name, value)
+    assert "@import" not in text
+    assert set(re.findall(r"url\((.)", text)) <= {"#"}
+    for tag, _, value in page.links:
+        assert tag == "a" or not value.startswith("#") or value[1:] in page.ids
+    assert len(set(page.ids)) == len(page.ids)
+    assert page.tags.count("script") == 1
+    assert page.tags.count("svg") == 2
+
+
+def test_names_and_settings_are_escaped(folder: Path) -> None:
+    text = write_report(folder).read_text(encoding="utf-8")
+    assert "<b>odd</b>" not in text
+    assert "</pre><script>" not in text
+    assert "red <apple>" not in text
+    assert "Some &lt;Processor&gt;" in text
+    assert "--out &#x27;a &lt;b&gt;&#x27;" in text
+
+
+def test_tuning_shows_what_was_tried(folder: Path) -> None:
+    text = write_report(folder).read_text(encoding="utf-8")
+    rows = [texts for heading, _, texts in Page(text).rows if heading == "What was tried in tuning"]
+    assert ["stronger", "paper", "28.12", "8", ""] in rows
+    assert ["", "even", "33.88", "8", "✓ measured"] in rows
+    assert ["tap", "even", "–", "–", "✓ measured"] in rows
+    assert "Not possible here: ddim." in text
+
+
+def test_pictures_are_inside_and_small_ones_enlarged(folder: Path) -> None:
+    text = write_report(folder).read_text(encoding="utf-8")
+    pictures = re.findall(r"<img([^>]*) src=", text)
+    assert pictures == [  # full, then by budget and PSNR; of the others there are none
+        ' class=pixelated alt="" width="960" height="240" loading="lazy"',
+        ' class=pixelated alt="" width="960" height="240" loading="lazy"',
+        ' alt="" width="2000" height="60" loading="lazy"',
+    ]
+
+
+def test_the_frontier() -> None:
+    cells = [{"cost": cost, "psnr_db": psnr} for cost, psnr in ((2, 30.0), (4, 29.0), (3, 31.0), (5, 20.0), (4, 29.0))]
+    assert plots.frontier(cells, "cost", lower_is_better=True) == [cells[0], cells[2]]
+    assert plots.frontier(cells, "cost", lower_is_better=False) == [cells[1], cells[2], cells[3], cells[4]]
+
+
+def test_plots_name_the_best_and_follow_the_colour_scheme(folder: Path) -> None:
+    measured = CELLS[1:]
+    svg = plots.evaluations_plot(measured, "tap")
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+    assert {"tap", "stronger", "weaker", "alike"} <= set(texts)  # TAP, frontier, the best of each family
+    assert "&lt;b&gt;odd&lt;/b&gt; &amp; $x_1$" not in texts
+    assert set(re.findall(r"#0[0-9]0[0-9]0[0-9]\b", svg)) == set()
+    assert "var(--tap)" in svg
+    assert "alike" not in plots.time_plot(measured, "tap")  # it has no time
+
+
+def test_without_tap_nothing_is_compared(folder: Path) -> None:
+    cells = [CELLS[0], *(c | {} for c in CELLS[1:] if c["method"] not in ("tap",))]
+    for found in cells:
+        found.pop("difference_ci", None)
+        found.pop("difference_db", None)
+    (folder / "results.json").write_text(json.dumps(cells))
+    text = write_report(folder).read_text(encoding="utf-8")
+    assert "The method tap was not run" in text
+    assert "by PSNR" not in results(Page(text), 8)["stronger"][1]
+
+
+@pytest.mark.parametrize(("samples", "warned"), [(8, True), (64, False)])
+def test_few_samples_are_named(folder: Path, samples: int, warned: bool) -> None:
+    (folder / "results.json").write_text(json.dumps([{**found, "samples": samples} for found in CELLS]))
+    text = write_report(folder).read_text(encoding="utf-8")
+    assert ("With so few samples they are too narrow." in text) == warned
+    assert "of 5, about 0.2 would" in text  # 5 % of the comparisons to TAP, 0.25
+
+
+def test_a_folder_without_results(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no finished run of the bench: results\.json"):
+        write_report(tmp_path)
+
+
+def test_summary() -> None:
+    console = Console(file=io.StringIO(), width=120)
+    tables = summary(CELLS)
+    for table in tables:
+        console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    lines = [[part.strip() for part in line.split("│")[1:-1]] for line in console.file.getvalue().splitlines()]
+    assert [str(table.title) for table in tables] == ["10 full evaluations", "8 full evaluations"]
+    assert ["stronger", "even", "8", "5.43×", "35.75", "+1.25 [+0.50, +2.00] ▲"] in lines
+    assert ["alike", "even", "8.6", "–", "34.25", "−0.25 [−0.75, +0.25] ≈"] in lines
+    assert ["tap", "even", "10", "5.43×", "38.00", "baseline"] in lines
+    assert [ODD, "even", "8", "5.43×", "30.00", "−4.50 [−5.00, −4.00] ▼"] in lines
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+def run(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, ["bench", *map(str, arguments)], env={"COLUMNS": "120"})
+
+
+class FakeBench:
+    """Keeps what it is asked for; running it does nothing."""
+
+    asked: ClassVar[list[Any]] = []
+    error: ClassVar[BaseException | None] = None
+
+    def __init__(self, *arguments: Any) -> None:
+        FakeBench.asked = list(arguments)
+
+    def run(self) -> None:
+        if FakeBench.error is not None:
+            raise FakeBench.error
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeBench]:
+    monkeypatch.setattr(bench, "Bench", FakeBench)
+    monkeypatch.setitem(MODELS, "emoji", lambda: "the model")
+    monkeypatch.setattr(FakeBench, "error", None)
+    return FakeBench
+
+
+def test_options_reach_the_bench(folder: Path, fake: type[FakeBench]) -> None:
+    own = folder / "own.py"
+    own.write_text(
+        "from tap_diffusion.bench.methods import Method\nMETHODS = [Method('mine', 'rival', '', lambda s: [])]\n"
+    )
+    result = run(
+        "--suite", "standard", "--methods", "tap,fora", "--methods", own, "--budgets", "9,4,9", "--steps", 20,
+        "--out", folder,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    model, methods, suite, budgets, out, steps = fake.asked
+    assert (model, suite, budgets, out, steps) == ("the model", bench.SUITES["standard"], [9, 4], folder, 20)
+    assert list(methods) == ["tap", "fora", "mine"]
+    assert (folder / "command.txt").read_text() == (
+        f"tap bench --model emoji --suite standard --methods tap,fora,{own} --budgets 9,4 --steps 20 --out {folder}\n"
+    )
+    assert "+1.25 [+0.50, +2.00] ▲" in result.output
+    assert f"report.html, results.json, samples.parquet in {folder}" in result.output
+    assert (folder / "report.html").exists()
+
+
+def test_the_suite_gives_methods_and_budgets(folder: Path, fake: type[FakeBench]) -> None:
+    assert run("--out", folder).exit_code == 0
+    assert tuple(fake.asked[1]) == bench.SUITES["quick"].methods
+    assert fake.asked[3] == [8]
+    assert run("--suite", "standard", "--out", folder).exit_code == 0
+    assert list(fake.asked[1]) == list(registry())
+    assert fake.asked[3] == [14, 10, 8, 6]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "nonsense"], "unknown model 'nonsense': give one of emoji, fashion"),
+        (["--methods", "tap,nonsense"], "unknown method 'nonsense': give a FILE.py or some of tap, "),
+        (["--methods", "MISSING.py"], "MISSING.py is no Python file"),
+        (["--methods", "TAKEN.py"], "TAKEN.py has a method 'tap', as the bench has"),
+        (["--budgets", "8,x"], "budgets '8,x' are not integers"),
+        (["--budgets", ""], "budgets '' are not integers"),
+        (["--budgets", "8,1"], "budget 1 is not between 2 and 49"),
+        (["--budgets", "50"], "budget 50 is not between 2 and 49"),
+        (["--steps", 8], "budget 8 is not between 2 and 7"),
+        (["--report-only"], "holds no finished run of the bench: results.json"),
+        (["--out", "TAKEN.py/out"], "can't write to the folder"),
+    ],
+)
+def test_a_bad_value_gives_one_line_and_status_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: type[FakeBench], arguments: list[Any], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("TAKEN.py").write_text(
+        "from tap_diffusion.bench.methods import Method\nMETHODS = [Method('tap', 'rival', '', lambda s: [])]\n"
+    )
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    assert words in lines[0]
+    assert not Path("bench").exists()
+
+
+def test_an_interrupt_says_how_to_go_on(folder: Path, fake: type[FakeBench], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeBench, "error", KeyboardInterrupt())
+    result = run("--out", folder)
+    assert result.exit_code == 130
+    assert "the same call goes on there" in " ".join(result.stderr.split())
+
+
+def test_another_run_in_the_folder(folder: Path, fake: type[FakeBench], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeBench, "error", UsageError("the folder holds a run with [other] settings"))
+    result = run("--out", folder)
+    assert result.exit_code == 2
+    assert "the folder holds a run with [other] settings" in result.stderr
+
+
+def test_report_only_runs_nothing(folder: Path, fake: type[FakeBench]) -> None:
+    fake.asked = []
+    result = run("--report-only", "--out", folder)
+    assert result.exit_code == 0, result.output
+    assert fake.asked == []
+    assert (folder / "report.html").exists()
+    assert read_cells(folder) == CELLS
+
+
+def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.delitem(sys.modules, "tap_diffusion.bench.report")
+    result = run("--report-only", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "the bench needs pyarrow.parquet: pip install 'tap-diffusion[bench]'" in result.stderr
+
+
+def test_help_names_every_option() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    for option in ("--model", "--suite", "--methods", "--budgets", "--steps", "--report-only", "--out"):
+        assert option in result.output
+
+
+def test_the_files_dates_are_shown(folder: Path) -> None:
+    os.utime(folder / "results.json", (86_400, 86_400))
+    assert "1970-01-02 00:00 UTC (results)" in write_report(folder).read_text(encoding="utf-8")
