@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import tempfile
+from dataclasses import replace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -22,6 +23,9 @@ from tap_diffusion.errors import ConfigError, UnsupportedModelError, UsageError
 
 if TYPE_CHECKING:
     import torch
+
+    from tap_diffusion.bench.models import BenchModel
+    from tap_diffusion.bench.recipes import Recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -136,7 +140,23 @@ def generate(
 
 @app.command()
 def bench(
-    model: Annotated[str, _option("What", "--model", "-m", help="emoji, fashion or sprites.")] = "emoji",
+    model: Annotated[
+        str | None,
+        _option(
+            "What", "--model", "-m", help="emoji, fashion, sprites, a pipeline's folder, or a hub id.", default="emoji"
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        _option("What", "--recipe", help="A setting of the paper by name, or a FILE.json; options override it."),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, _option("What", "--prompts", help="File with one prompt a line, for a folder or hub id.")
+    ] = None,
+    dtype: Annotated[DType, _option("What", help="Of a folder or hub id; auto: bfloat16 on a GPU.")] = DType.auto,
+    device: Annotated[
+        str | None, _option("What", help="Of a folder or hub id.", default="cuda where there is one")
+    ] = None,
     suite: Annotated[
         SuiteName, _option("What", help="quick: minutes, a few methods; standard: all; paper: more samples.")
     ] = SuiteName.quick,
@@ -149,7 +169,9 @@ def bench(
     budgets: Annotated[
         str | None, _option("What", help="Full evaluations per trajectory, like 14,10,8,6.", default="the suite's")
     ] = None,
-    steps: Annotated[int, _option("What", help="Denoising steps of the full result.", min=3)] = 50,
+    steps: Annotated[
+        int | None, _option("What", help="Denoising steps of the full result.", min=3, default="50")
+    ] = None,
     report_only: Annotated[bool, _option("Output", "--report-only", help="Make the report of --out again.")] = False,
     out: Annotated[Path, _option("Output", "--out", "-o", help="Folder; a run begun there goes on.")] = Path("bench"),
 ) -> None:
@@ -165,7 +187,10 @@ def bench(
             read_cells(out)
             _make_writable(out)
         else:
-            _run_bench(model, suite, methods, wanted, steps, out)
+            setup = _setup(model, recipe, prompt_file, dtype, device)
+            given = {"--model": model, "--recipe": recipe, "--prompts": prompt_file, "--device": device}
+            command = [part for name, value in given.items() if value is not None for part in (name, str(value))]
+            _run_bench(setup, suite, methods, wanted, steps, out, command)
         page, cells = write_report(out), read_cells(out)
     except (ConfigError, UnsupportedModelError, UsageError) as error:
         raise _failed(error) from None
@@ -177,19 +202,49 @@ def bench(
     console.print(f"{page.name}, results.json, samples.parquet in {out}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _run_bench(
-    model: str, suite: SuiteName, given: list[str] | None, budgets: list[int] | None, steps: int, out: Path
-) -> None:
+def _setup(
+    model: str | None, recipe: str | None, prompt_file: Path | None, dtype: DType, device: str | None
+) -> tuple[BenchModel, Recipe | None]:
+    """The model to run, and the recipe that gives its steps and budgets, if there is one."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     with _importing():
-        from tap_diffusion.bench.bench import SUITES, Bench
-        from tap_diffusion.bench.methods import load, registry
-        from tap_diffusion.bench.models import MODELS
-    if model not in MODELS:
-        raise UsageError(f"unknown model '{model}': give one of {', '.join(MODELS)}")
+        from tap_diffusion.bench import recipes
+        from tap_diffusion.bench.models import MODELS, any_pipeline
+    if recipe is None and (model is None or model in MODELS):
+        if prompt_file is not None:
+            raise UsageError(f"{model or 'emoji'} has prompts of its own; --prompts is for a folder or hub id")
+        return MODELS[model or "emoji"](), None
+    made = recipes.Recipe(str(model)) if recipe is None else recipes.load(recipe)
+    made = replace(made, model=model or made.model)
+    if prompt_file is None:
+        raise UsageError(
+            f"--prompts is missing: a file of what to draw with {made.model}, one a line"
+            + ("" if recipe else f"; without prompts there are {', '.join(MODELS)}")
+        )
+    if dtype == DType.auto and made.dtype != "auto":
+        dtype = DType(made.dtype)
+    weights, placed = _placement(dtype, device)
+    prompts: list[Any] = _prompts([], prompt_file)
+    if made.argument == "class_labels":
+        try:
+            prompts = [int(prompt) for prompt in prompts]
+        except ValueError as error:
+            raise UsageError(f"{prompt_file} must have one class number a line: {error}") from error
+    return any_pipeline(made, prompts, weights, placed), made
+
+
+def _run_bench(
+    setup: tuple[BenchModel, Recipe | None], suite: SuiteName, given: list[str] | None, budgets: list[int] | None,
+    steps: int | None, out: Path, command: list[str],
+) -> None:  # fmt: skip
+    from tap_diffusion.bench.bench import SUITES, Bench
+    from tap_diffusion.bench.methods import load, registry
+
+    model, recipe = setup
     does = SUITES[suite]
-    budgets = budgets or list(does.budgets)
+    steps = steps or (recipe.steps if recipe else 50)
+    budgets = budgets or list(recipe.budgets if recipe else does.budgets)
     for budget in budgets:
         if not 2 <= budget < steps:
             raise UsageError(f"budget {budget} is not between 2 and {steps - 1}, one less than the steps")
@@ -210,8 +265,8 @@ def _run_bench(
     elif does.methods is not None:
         methods = {name: known[name] for name in does.methods}
     _make_writable(out)
-    run = Bench(MODELS[model](), methods, does, budgets, out, steps)
-    command = ["tap", "bench", "--model", model, "--suite", suite.value]
+    run = Bench(model, methods, does, budgets, out, steps)
+    command = ["tap", "bench", *command, "--suite", suite.value]
     command += ["--methods", ",".join(names)] if names else []
     command += ["--budgets", ",".join(map(str, budgets)), "--steps", str(steps), "--out", str(out)]
     (out / "command.txt").write_text(shlex.join(command) + "\n", encoding="utf-8")

@@ -7,14 +7,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
 from tap_diffusion.bench import WEIGHTS, judges, sprites
 from tap_diffusion.bench.pixels import PixelDiTPipeline, PixelWanPipeline
+from tap_diffusion.bench.recipes import Recipe
 from tap_diffusion.demo import EMOJI, data
 from tap_diffusion.demo.train import MAX_TOKENS
+from tap_diffusion.errors import UsageError
+from tap_diffusion.generate import load_pipeline
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,34 @@ def sprites_() -> BenchModel:
         lambda prompts: {"prompt": list(prompts), "guidance_scale": 3.0},
         scores=[judges.caption_of_sprite],
     )
+
+
+def any_pipeline(recipe: Recipe, conditions: Sequence[Any], dtype: torch.dtype, device: str) -> BenchModel:
+    """Any pipeline that TAP works with. Every fifth condition is kept for calibration.
+
+    Args:
+        recipe: how to run it.
+        conditions: what to draw, in no particular order.
+        dtype: to load the weights in.
+        device: to run on.
+
+    Raises:
+        UsageError: there are too few conditions to keep some for calibration.
+    """
+    if len(conditions) < 2:
+        raise UsageError("give at least 2 prompts: some are measured, every fifth is for calibration")
+
+    def load() -> Any:
+        pipe: Any = load_pipeline(recipe.model, dtype, device)
+        if recipe.scheduler is not None:
+            pipe.register_modules(scheduler=getattr(diffusers, recipe.scheduler).from_config(pipe.scheduler.config))
+        return pipe
+
+    def arguments(some: Sequence[Any]) -> dict[str, Any]:
+        return {recipe.argument: list(some), **recipe.call}
+
+    measured = [condition for i, condition in enumerate(conditions) if i % 5]
+    return BenchModel(recipe.model, load, measured, conditions[::5], arguments, batch=recipe.batch)
 
 
 MODELS: dict[str, Callable[[], BenchModel]] = {"emoji": emoji, "fashion": fashion, "sprites": sprites_}
