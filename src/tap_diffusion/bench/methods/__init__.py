@@ -115,9 +115,18 @@ def on_engine(schedule: str, config: TAPConfig, engine: Callable[[TAPConfig], En
 
 def registry() -> dict[str, Method]:
     """All methods that come with the bench, by name."""
-    from tap_diffusion.bench.methods import forecasters, solvers, tap
+    from tap_diffusion.bench.methods import (
+        dicache,
+        dpcache,
+        first_block_cache,
+        forecasters,
+        magcache,
+        solvers,
+        tap,
+        teacache,
+    )
 
-    modules = (tap, forecasters, solvers)
+    modules = (tap, forecasters, teacache, first_block_cache, magcache, dicache, dpcache, solvers)
     return {method.name: method for module in modules for method in module.METHODS}
 
 
