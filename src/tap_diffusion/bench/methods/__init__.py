@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.engine import Engine
 from tap_diffusion.errors import UsageError
-from tap_diffusion.integrations.api import enabled, hooks
+from tap_diffusion.integrations.api import enabled, hooks, transformers
 from tap_diffusion.schedule import even_steps, paper_steps
 
 if TYPE_CHECKING:
@@ -113,9 +113,29 @@ def on_engine(schedule: str, config: TAPConfig, engine: Callable[[TAPConfig], En
     return Variant(schedule, applied, config.to_dict())
 
 
+@contextmanager
+def restored(pipe: Any) -> Iterator[None]:
+    """Put back all attributes of the transformers' modules, which other packages leave changed, after a ``with`` block.
+
+    They leave hook registries, patched forwards, their settings, and submodules in another order.
+    """
+    modules = [module for transformer in transformers(pipe) for module in transformer.modules()]
+    before = [(module, dict(vars(module)), dict(module._modules)) for module in modules]
+    try:
+        yield
+    finally:
+        for module, attributes, children in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._modules.clear()
+            module._modules.update(children)
+
+
 def registry() -> dict[str, Method]:
     """All methods that come with the bench, by name."""
     from tap_diffusion.bench.methods import (
+        cachedit,
+        diffusers_caches,
         dicache,
         dpcache,
         first_block_cache,
@@ -126,7 +146,8 @@ def registry() -> dict[str, Method]:
         teacache,
     )
 
-    modules = (tap, forecasters, teacache, first_block_cache, magcache, dicache, dpcache, solvers)
+    rivals = (forecasters, teacache, first_block_cache, magcache, dicache, dpcache)
+    modules = (tap, *rivals, diffusers_caches, cachedit, solvers)
     return {method.name: method for module in modules for method in module.METHODS}
 
 
