@@ -135,8 +135,8 @@ def registry() -> dict[str, Method]:
     """All methods that come with the bench, by name."""
     from tap_diffusion.bench.methods import (
         cachedit,
-        diffusers_caches,
         dicache,
+        diffusers_caches,
         dpcache,
         first_block_cache,
         forecasters,
