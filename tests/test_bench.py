@@ -105,7 +105,7 @@ def test_flops_of_a_run_fall_with_its_full_steps() -> None:
     pipe, model = build_pipeline(), tiny_model()
     totals = []
     for full in ((0,), (0, 1), (0, 1, 2)):
-        with on_engine("", TAPConfig(full_steps=full, orders=(0,))).applied(pipe), flops(pipe) as counter:
+        with on_engine("", TAPConfig(full_steps=full, orders=(0,))).applied(pipe), flops() as counter:
             draw(pipe, model, WORDS[:1], 0, num_inference_steps=4)
         totals.append(counter.get_total_flops())
     assert totals[1] - totals[0] == totals[2] - totals[1] > 0

@@ -214,9 +214,7 @@ class Bench:
 
     def _costs(self, variant: Variant | None, calls: int) -> dict[str, int]:
         """Floating-point operations of one sample, and the most bytes of tensors that were seen alive at once."""
-        with flops(self.pipe) as counter:
-            run(self.pipe, self.model, variant, self.measured[:1], 0, self.steps)
-        with live_bytes(self.pipe, every=max(1, calls // 4)) as found:
+        with live_bytes(self.pipe, every=max(1, calls // 4)) as found, flops() as counter:
             run(self.pipe, self.model, variant, self.measured[:1], 0, self.steps)
         return {"flops": counter.get_total_flops(), "live_bytes": max(found, default=0)}
 

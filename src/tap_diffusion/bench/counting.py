@@ -55,11 +55,9 @@ def _first_linear(block: nn.Module) -> nn.Linear:
     return next(part for part in attentions(block)[0].modules() if isinstance(part, nn.Linear))
 
 
-@contextmanager
-def flops(pipe: Any) -> Iterator[FlopCounterMode]:
-    """Count floating-point operations of matrix products, convolutions and attention (torch.utils.flop_counter)."""
-    with FlopCounterMode(display=False) as counter:
-        yield counter
+def flops() -> FlopCounterMode:
+    """Counts floating-point operations of matrix products, convolutions and attention within a ``with`` block."""
+    return FlopCounterMode(display=False)
 
 
 @contextmanager
