@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -10,21 +11,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from typer.testing import CliRunner
 
 from ssim import ssim_by_hand
-from tap_diffusion.bench import judges, metrics
+from tap_diffusion.bench import judges, metrics, recipes
 from tap_diffusion.bench.bench import Bench, Suite
 from tap_diffusion.bench.calibration import SEED, Calibration
 from tap_diffusion.bench.counting import counted, flops, live_bytes
 from tap_diffusion.bench.methods import Method, Variant, load, on_engine, registry, schedules
 from tap_diffusion.bench.methods.forecasters import growing
 from tap_diffusion.bench.methods.solvers import AdamsBashforth2Scheduler
-from tap_diffusion.bench.models import BenchModel, draw
+from tap_diffusion.bench.models import BenchModel, any_pipeline, draw
+from tap_diffusion.cli import app
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.errors import UsageError
 from tiny import TOKENS, WORDS, build_pipeline
@@ -241,7 +245,7 @@ def test_a_run_measures_what_it_says(tmp_path: Path) -> None:
         assert cell["evaluations_speedup"] == 3.0
         assert cell["time_speedup"] > 0
         assert cell["psnr_ci"][0] <= cell["psnr_db"] <= cell["psnr_ci"][1]
-    assert cells["tap"]["memory_bytes"] > cells["fora"]["memory_bytes"] > 0 == cells["euler"]["memory_bytes"]
+    assert cells["tap"]["memory_bytes"] > cells["fora"]["memory_bytes"] > 1000 > cells["euler"]["memory_bytes"]
     assert cells["fora"]["difference_db"] == pytest.approx(cells["fora"]["psnr_db"] - cells["tap"]["psnr_db"])
 
     # What Parquet holds is what the pictures say.
@@ -289,3 +293,51 @@ def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
 
 def test_calibration_and_measured_seeds_are_apart() -> None:
     assert SEED > 1000
+
+
+# ------------------------------------------------------------------------------------------------------- any pipeline
+
+
+@pytest.mark.slow
+def test_a_folder_is_run_by_a_recipe(tmp_path: Path) -> None:
+    build_pipeline().save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("red apple\nblue book\ngreen frog face\n")
+    call = {"height": 32, "width": 32, "max_sequence_length": TOKENS}
+    recipe = {"model": str(tmp_path / "model"), "dtype": "float32", "steps": STEPS, "budgets": [4], "call": call}
+    (tmp_path / "mine.json").write_text(json.dumps(recipe))
+    options = ["--recipe", f"{tmp_path}/mine.json", "--prompts", f"{tmp_path}/prompts.txt", "--out", f"{tmp_path}/out"]
+    result = CliRunner().invoke(app, ["bench", *options, "--methods", "tap,euler"])
+    assert result.exit_code == 0, result.output
+    cells = {cell["method"]: cell for cell in json.loads((tmp_path / "out" / "results.json").read_text())}
+    assert cells["tap"]["samples"] == 2  # the first prompt is for calibration
+    assert cells["tap"]["full_steps"] == cells["euler"]["full_steps"] == 4
+    assert cells["full"]["full_steps"] == STEPS
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_recipes_fit_their_pipelines(name: str) -> None:
+    kinds = {
+        "flux": "FluxPipeline",
+        "qwen": "QwenImagePipeline",
+        "hunyuan": "HunyuanVideoPipeline",
+        "dit": "DiTPipeline",
+    }
+    recipe = recipes.load(name)
+    known = inspect.signature(getattr(diffusers, kinds[name.split("-")[0]]).__call__).parameters
+    assert {recipe.argument, "num_inference_steps", "output_type", *recipe.call} <= set(known)
+    assert all(2 <= budget < recipe.steps for budget in recipe.budgets)
+
+
+def test_recipes_are_checked(tmp_path: Path) -> None:
+    file = tmp_path / "bad.json"
+    file.write_text('{"model": "x", "stepz": 3}')
+    with pytest.raises(UsageError, match="found stepz"):
+        recipes.load(str(file))
+    with pytest.raises(UsageError, match=r"no recipe 'nothing': give a FILE\.json or one of dit-xl-imagenet"):
+        recipes.load("nothing")
+
+
+def test_one_prompt_is_too_few() -> None:
+    with pytest.raises(UsageError, match="at least 2 prompts"):
+        any_pipeline(recipes.Recipe("x"), ["one"], torch.float32, "cpu")

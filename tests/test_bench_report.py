@@ -338,7 +338,7 @@ def test_the_suite_gives_methods_and_budgets(folder: Path, fake: type[FakeBench]
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model", "nonsense"], "unknown model 'nonsense': give one of emoji, fashion"),
+        (["--model", "nonsense"], "unknown model 'nonsense': give one of emoji, fashion, sprites"),
         (["--methods", "tap,nonsense"], "unknown method 'nonsense': give a FILE.py or some of tap, "),
         (["--methods", "MISSING.py"], "MISSING.py is no Python file"),
         (["--methods", "TAKEN.py"], "TAKEN.py has a method 'tap', as the bench has"),

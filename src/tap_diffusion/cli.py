@@ -188,7 +188,13 @@ def bench(
             _make_writable(out)
         else:
             setup = _setup(model, recipe, prompt_file, dtype, device)
-            given = {"--model": model, "--recipe": recipe, "--prompts": prompt_file, "--device": device}
+            given = {
+                "--model": model or (None if recipe else "emoji"),
+                "--recipe": recipe,
+                "--prompts": prompt_file,
+                "--dtype": None if dtype == DType.auto else dtype.value,
+                "--device": device,
+            }
             command = [part for name, value in given.items() if value is not None for part in (name, str(value))]
             _run_bench(setup, suite, methods, wanted, steps, out, command)
         page, cells = write_report(out), read_cells(out)
@@ -217,11 +223,12 @@ def _setup(
         return MODELS[model or "emoji"](), None
     made = recipes.Recipe(str(model)) if recipe is None else recipes.load(recipe)
     made = replace(made, model=model or made.model)
-    if prompt_file is None:
+    if "/" not in made.model and not Path(made.model).is_dir():
         raise UsageError(
-            f"--prompts is missing: a file of what to draw with {made.model}, one a line"
-            + ("" if recipe else f"; without prompts there are {', '.join(MODELS)}")
+            f"unknown model '{made.model}': give one of {', '.join(MODELS)}, a folder or a hub id owner/name"
         )
+    if prompt_file is None:
+        raise UsageError(f"--prompts is missing: a file of what to draw with {made.model}, one a line")
     if dtype == DType.auto and made.dtype != "auto":
         dtype = DType(made.dtype)
     weights, placed = _placement(dtype, device)

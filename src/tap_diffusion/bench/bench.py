@@ -23,6 +23,7 @@ import diffusers
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -36,6 +37,7 @@ from tap_diffusion.demo.sheets import sheet
 from tap_diffusion.errors import UsageError
 
 SHOWN = 8  # samples of each cell that are kept as pictures
+LARGEST = 256  # pixels of their longer side
 
 
 @dataclass(frozen=True)
@@ -137,13 +139,15 @@ class Bench:
         return Drawn(torch.cat([d.latents for d in drawn]), torch.cat([d.pictures for d in drawn]))
 
     def _show(self, drawn: Drawn, name: str) -> None:
-        pictures = drawn.pictures[:SHOWN] * 2 - 1
-        if pictures.ndim == 5:  # videos: one row each
-            rows = [frames.expand(-1, 3, -1, -1) for frames in pictures]
-        else:
-            rows = [pictures.expand(-1, 3, -1, -1)]
+        """Keep the first samples as a sheet, a row for each video."""
+        pictures = drawn.pictures[:SHOWN]
+        frames = pictures.flatten(0, -4).expand(-1, 3, -1, -1)
+        if max(frames.shape[-2:]) > LARGEST:
+            share = LARGEST / max(frames.shape[-2:])
+            frames = F.interpolate(frames, scale_factor=share, mode="bilinear", antialias=True)
+        per_row = len(frames) if pictures.ndim == 4 else pictures.shape[1]
         (self.out / "pictures").mkdir(exist_ok=True)
-        sheet(rows).save(self.out / "pictures" / f"{name}.png")
+        sheet(list((2 * frames - 1).split(per_row))).save(self.out / "pictures" / f"{name}.png")
 
     # ------------------------------------------------------------------------------------------------------ the cells
 
