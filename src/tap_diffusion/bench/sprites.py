@@ -33,6 +33,7 @@ from tap_diffusion.demo.train import (
     Data,
     LearningRate,
     Minutes,
+    Start,
     Steps,
     Work,
     build_tokenizers,
@@ -249,13 +250,14 @@ def loss(pipe: PixelWanPipeline, sprites: Tensor, texts: list[str], batch: int) 
 @app.command()
 def train(
     work: Work, data_folder: Data = None, steps: Steps = 8000, batch: Batch = 8, lr: LearningRate = 1e-3,
-    minutes: Minutes = 1e9,
+    minutes: Minutes = 1e9, start: Start = None,
 ) -> None:  # fmt: skip
     """Train, or go on from the checkpoint in the work folder."""
     work.mkdir(parents=True, exist_ok=True)
     sprites = load(data_folder or work / "data")
     torch.manual_seed(0)
-    pipe = build().to(device())
+    pipe = build() if start is None else PixelWanPipeline.from_pretrained(start, dtype=torch.float32)
+    pipe.to(device())
     pipe.set_progress_bar_config(disable=True)
     model = trained_part(pipe).requires_grad_(True).train()
 

@@ -50,9 +50,7 @@ Data = Annotated[Path | None, typer.Option("--data", help="Folder of the npm pac
 Steps = Annotated[int, typer.Option(min=1, help="Training steps in all; the learning rate decays to their end.")]
 Batch = Annotated[int, typer.Option(min=1)]
 LearningRate = Annotated[float, typer.Option(min=0)]
-Start = Annotated[
-    Path | None, typer.Option("--from", help="Go on from the weights of this exported pipeline, autoencoder included.")
-]
+Start = Annotated[Path | None, typer.Option("--from", help="Go on from the weights of this exported pipeline.")]
 Minutes = Annotated[float, typer.Option(help="Stop after this time; call again to go on.")]
 
 

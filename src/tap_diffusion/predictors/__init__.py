@@ -31,6 +31,7 @@ FAMILIES: dict[str, Callable[[int], Predictor]] = {
     "taylor": taylor,
     "newton": newton,
     "hermite": hermite,
+    "hermite_wide": partial(hermite, sigma=0.7),
     "adams_bashforth": adams_bashforth,
     "foca": foca,
     "chebyshev": chebyshev,

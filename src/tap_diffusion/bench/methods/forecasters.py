@@ -15,6 +15,15 @@ def _fixed(name: str, source: str, order: int, family: str = "taylor") -> Method
     return forecaster(name, "rival", source, family=family, orders=(order,), horizon_span=0.0)
 
 
+def hicache(setting: Setting) -> Iterator[Variant]:
+    """Orders 1 and 2, with the σ of its runs on FLUX and the largest of its scripts."""
+    for title, full in schedules(setting.steps, setting.budget).items():
+        for order in (1, 2):
+            for family, sigma in (("hermite", 0.5), ("hermite_wide", 0.7)):
+                config = TAPConfig(full_steps=full, family=family, orders=(order,), horizon_span=0.0)
+                yield on_engine(f"{title}, order {order}, σ {sigma}", config)
+
+
 def growing(steps: int, budget: int) -> dict[str, tuple[int, ...]]:
     """Spectrum's schedule with ``budget`` full steps, after its own warm-up of 5 and one of 2, where there is one."""
     found = {}
@@ -42,7 +51,7 @@ METHODS = [
     _fixed("fora", "FORA, arXiv 2407.01425", order=0),
     *(_fixed(f"taylorseer-{order}", "TaylorSeer, arXiv 2503.06923", order) for order in (1, 2, 3)),
     *(_fixed(f"newton-{order}", "AB-Cache, arXiv 2504.10540, on any spacing", order, "newton") for order in (2, 3)),
-    *(_fixed(f"hicache-{order}", "HiCache, arXiv 2508.16984", order, "hermite") for order in (1, 2)),
+    Method("hicache", "rival", "HiCache, arXiv 2508.16984", hicache),
     *(_fixed(f"foca-{order}", "FoCa, arXiv 2508.16211", order, "foca") for order in (2, 3)),
     Method("spectrum", "rival", "Spectrum, arXiv 2603.01623", spectrum),
 ]
