@@ -25,8 +25,8 @@ from tap_diffusion.bench.bench import Bench, Suite
 from tap_diffusion.bench.calibration import SEED, Calibration
 from tap_diffusion.bench.counting import counted, flops, live_bytes
 from tap_diffusion.bench.methods import Method, Variant, load, on_engine, registry, schedules
-from tap_diffusion.bench.methods.forecasters import growing
 from tap_diffusion.bench.methods.solvers import AdamsBashforth2Scheduler
+from tap_diffusion.bench.methods.spectrum import growing
 from tap_diffusion.bench.models import BenchModel, any_pipeline, draw
 from tap_diffusion.cli import app
 from tap_diffusion.config import TAPConfig

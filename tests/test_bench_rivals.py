@@ -74,7 +74,7 @@ def drive(engine: Engine, scripts: dict[str, Script]) -> Run:
                     full = True
             if full:
                 run.full[branch].append(step)
-                engine.record(call, r, h)
+                engine.record(call, x, x + r, h)
             engine.end(call, full, lambda: 1.0)
     return run
 

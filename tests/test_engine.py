@@ -59,7 +59,7 @@ class Driver:
                     full = True
             if full:
                 self.full.append(step)
-                self.engine.record(where, (residual or {}).get(step, -features(step)).expand(x.shape), h)
+                self.engine.record(where, x, x + (residual or {}).get(step, -features(step)), h)
             self.engine.end(where, full, lambda: 1.0)
         return self
 
@@ -158,7 +158,7 @@ def test_branches_have_histories_of_their_own() -> None:
         for sign, branch in ((1, "a"), (-1, "b")):
             where = call(step, branch)
             if engine.begin(where):
-                engine.record(where, sign * features(step), sign * features(step))
+                engine.record(where, torch.zeros(SHAPE), sign * features(step), sign * features(step))
             else:
                 outputs[branch] = engine.predict(where, torch.zeros(SHAPE), lambda s=sign: s * features(3))  # type: ignore[misc]
             engine.end(where, step < 3, lambda: 1.0)
@@ -189,7 +189,7 @@ def test_one_candidate_needs_no_probe() -> None:
 
     for step in range(4):
         if engine.begin(call(step)):
-            engine.record(call(step), features(step), None)
+            engine.record(call(step), torch.zeros(SHAPE), features(step), None)
         else:
             result = engine.predict(call(step), torch.ones(SHAPE), never)
     torch.testing.assert_close(result, 1 + 2 * features(2) - features(1))
@@ -203,7 +203,7 @@ def test_a_longer_history_reaches_the_predictor() -> None:
     )
     for step in range(10):
         if engine.begin(call(step)):
-            engine.record(call(step), features(step), None)
+            engine.record(call(step), torch.zeros(SHAPE), features(step), None)
         else:
             result = engine.predict(call(step), torch.ones(SHAPE), lambda: torch.empty(0))
     weights = chebyshev(2)([8, 6, 4, 3, 2, 1], 9)
@@ -225,7 +225,7 @@ def test_a_run_of_one_step_warns_but_not_one_step_that_nobody_calls_a_run() -> N
     engine = Engine(CONFIG)
     where = dataclasses.replace(call(0), is_last_step=None)
     assert engine.begin(where)
-    engine.record(where, features(0), features(0))
+    engine.record(where, torch.zeros(SHAPE), features(0), features(0))
     engine.end(where, True, lambda: 1.0)
     engine.finish()
 

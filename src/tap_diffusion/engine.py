@@ -123,16 +123,18 @@ class Engine:
 
     # --------------------------------------------------------------------------------------------------- the two kinds
 
-    def record(self, call: Call, residual: Tensor, probe: Tensor | None, stream: str = "") -> None:
+    def record(self, call: Call, before: Tensor, after: Tensor, probe: Tensor | None, stream: str = "") -> None:
         """Make a full step's features the newest anchor of its branch.
 
         Args:
-            residual: hidden states after the last block minus those before the first, (B, N, D).
+            before: hidden states x before the first block, (B, N, D).
+            after: hidden states after the last block, (B, N, D).
             probe: probe features, (B, N, D'), or None where nothing is selected.
             stream: name of the stream of tokens, where a model has several (video and sound).
         """
         if not self.config.predicts:
             return
+        residual = (after - before).to(before.dtype)
         if not _all_finite(residual, probe):
             # No anchor rather than a bad one. The steps up to the next full one then have none and run in full.
             self._histories.pop(call.branch, None)

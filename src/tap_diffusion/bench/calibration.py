@@ -139,10 +139,10 @@ class _Recorder(Engine):
         self.probes: defaultdict[str, list[Tensor]] = defaultdict(list)
         self.residuals: defaultdict[str, list[Tensor]] = defaultdict(list)
 
-    def record(self, call: Call, residual: Tensor, probe: Tensor | None, stream: str = "") -> None:
+    def record(self, call: Call, before: Tensor, after: Tensor, probe: Tensor | None, stream: str = "") -> None:
         assert probe is not None
         self.probes[call.branch + stream].append(probe.detach().clone())
-        self.residuals[call.branch + stream].append(residual.detach().clone())
+        self.residuals[call.branch + stream].append((after - before).detach())
 
     def _warn_if_without_effect(self) -> None:
         """Every step is meant to be full."""

@@ -103,8 +103,7 @@ class TAPHook(ModelHook):
         def leave(stream: str, after: Tensor) -> None:
             x, h = before.pop(stream, (None, None))
             if x is not None and after.numel() == x.numel():  # else there is no anchor, and what follows runs in full
-                residual = (after.reshape(x.shape) - x).to(x.dtype)
-                self.engine.record(call, self._tokens(residual), h, stream)
+                self.engine.record(call, self._tokens(x), self._tokens(after.reshape(x.shape)), h, stream)
 
         with depth.watched(enter, leave):
             return self.fn_ref.original_forward(*args, **kwargs)

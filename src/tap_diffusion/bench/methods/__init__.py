@@ -142,11 +142,12 @@ def registry() -> dict[str, Method]:
         forecasters,
         magcache,
         solvers,
+        spectrum,
         tap,
         teacache,
     )
 
-    rivals = (forecasters, teacache, first_block_cache, magcache, dicache, dpcache)
+    rivals = (forecasters, spectrum, teacache, first_block_cache, magcache, dicache, dpcache)
     modules = (tap, *rivals, diffusers_caches, cachedit, solvers)
     return {method.name: method for module in modules for method in module.METHODS}
 

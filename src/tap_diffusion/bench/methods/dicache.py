@@ -42,30 +42,22 @@ class DiCacheEngine(ThresholdEngine):
         super().reset()
         self._inputs.clear()
 
-    def begin(self, call: Call) -> bool:
-        """Leave it to :meth:`predict` which steps are full: it sees their hidden states, :meth:`record` does not."""
-        super().begin(call)
-        return False
-
-    def record(self, call: Call, residual: Tensor, probe: Tensor | None, stream: str = "") -> None:
+    def record(self, call: Call, before: Tensor, after: Tensor, probe: Tensor | None, stream: str = "") -> None:
         """As the base class; a full step is one to measure the next change against, too."""
-        super().record(call, residual, probe, stream)
+        super().record(call, before, after, probe, stream)
         assert probe is not None
-        self._last[call.branch + stream] = self._inputs[call.branch + stream] + probe.detach()
+        self._inputs[call.branch + stream] = before.detach()
+        self._last[call.branch + stream] = (before + probe).detach()
 
     def predict(self, call: Call, hidden_states: Tensor, probe: Callable[[], Tensor], stream: str = "") -> Tensor:
         """Align the residuals of two full steps, or raise Fallback where the change has come to the threshold."""
-        key = call.branch + stream
-        last_input = self._inputs.get(key)
+        history, key = self._anchors(call, hidden_states, stream), call.branch + stream
+        last_input = self._inputs[key]
         self._inputs[key] = hidden_states.detach()
-        if self.config.is_full(call.step):
-            raise Fallback(WANTED_FULL)
-        history = self._anchors(call, hidden_states, stream)
         h = probe()
         y = hidden_states + h
         change = relative_l1(y, self._last[key])
         if self._error == "delta_minus":
-            assert last_input is not None
             change = abs(change - relative_l1(hidden_states, last_input))
         self._change[key] += change
         self._last[key] = y

@@ -23,10 +23,10 @@ class FirstBlockCacheEngine(ThresholdEngine):
         threshold: of the relative change of the first block's residual.
     """
 
-    def record(self, call: Call, residual: Tensor, probe: Tensor | None, stream: str = "") -> None:
+    def record(self, call: Call, before: Tensor, after: Tensor, probe: Tensor | None, stream: str = "") -> None:
         """Keep the first block's residual and that of the others."""
         assert probe is not None
-        super().record(call, residual - probe, probe, stream)
+        super().record(call, before + probe, after, probe, stream)
 
     def predict(self, call: Call, hidden_states: Tensor, probe: Callable[[], Tensor], stream: str = "") -> Tensor:
         """The first block's output and the others' residual, or raise Fallback where the change is too large."""

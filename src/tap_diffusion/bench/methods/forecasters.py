@@ -6,9 +6,6 @@ from collections.abc import Iterator
 
 from tap_diffusion.bench.methods import Method, Setting, Variant, forecaster, on_engine, schedules
 from tap_diffusion.config import TAPConfig
-from tap_diffusion.schedule import growing_steps
-
-DEGREE = 4  # of Spectrum's series, as published; it needs one more anchor, all of them in the warm-up
 
 
 def _fixed(name: str, source: str, order: int, family: str = "taylor") -> Method:
@@ -24,34 +21,10 @@ def hicache(setting: Setting) -> Iterator[Variant]:
                 yield on_engine(f"{title}, order {order}, σ {sigma}", config)
 
 
-def growing(steps: int, budget: int) -> dict[str, tuple[int, ...]]:
-    """Spectrum's schedule with ``budget`` full steps, after its own warm-up of 5 and one of 2, where there is one."""
-    found = {}
-    for warmup in (5, 2):
-        for hundredths in range(0, 100 * steps, 5):
-            full = growing_steps(steps, growth=hundredths / 100, warmup=warmup)
-            if len(full) == budget:
-                found[f"growing windows after {warmup}"] = tuple(full)
-                break
-    return found
-
-
-def spectrum(setting: Setting) -> Iterator[Variant]:
-    """Chebyshev ridge regression over all anchors, alone and, as in its scripts, mixed with linear extrapolation."""
-    own = growing(setting.steps, setting.budget)
-    for title, full in (own | schedules(setting.steps, setting.budget)).items():
-        for family, how in (("chebyshev", "alone"), ("chebyshev_linear", "mixed")):
-            config = TAPConfig(
-                full_steps=full, family=family, orders=(DEGREE,), horizon_span=0.0, history=max(DEGREE + 1, len(full))
-            )
-            yield on_engine(f"{title}, {how}", config)
-
-
 METHODS = [
     _fixed("fora", "FORA, arXiv 2407.01425", order=0),
     *(_fixed(f"taylorseer-{order}", "TaylorSeer, arXiv 2503.06923", order) for order in (1, 2, 3)),
     *(_fixed(f"newton-{order}", "AB-Cache, arXiv 2504.10540, on any spacing", order, "newton") for order in (2, 3)),
     Method("hicache", "rival", "HiCache, arXiv 2508.16984", hicache),
     *(_fixed(f"foca-{order}", "FoCa, arXiv 2508.16211", order, "foca") for order in (2, 3)),
-    Method("spectrum", "rival", "Spectrum, arXiv 2603.01623", spectrum),
 ]

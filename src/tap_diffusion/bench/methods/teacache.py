@@ -31,9 +31,9 @@ class TeaCacheEngine(ThresholdEngine):
         super().__init__(config, threshold)
         self._rescale = np.poly1d(coefficients)
 
-    def record(self, call: Call, residual: Tensor, probe: Tensor | None, stream: str = "") -> None:
+    def record(self, call: Call, before: Tensor, after: Tensor, probe: Tensor | None, stream: str = "") -> None:
         """As the base class; a full step is one to measure the next change against, too."""
-        super().record(call, residual, probe, stream)
+        super().record(call, before, after, probe, stream)
         assert probe is not None
         self._last[call.branch + stream] = probe.detach()
 

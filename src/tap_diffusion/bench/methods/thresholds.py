@@ -43,9 +43,9 @@ class ThresholdEngine(Engine):
         self._change.clear()
         self._last.clear()
 
-    def record(self, call: Call, residual: Tensor, probe: Tensor | None, stream: str = "") -> None:
+    def record(self, call: Call, before: Tensor, after: Tensor, probe: Tensor | None, stream: str = "") -> None:
         """As the base class, and begin to accumulate anew."""
-        super().record(call, residual, probe, stream)
+        super().record(call, before, after, probe, stream)
         self._change[call.branch + stream] = 0.0
 
     def fall_back(self, call: Call, reason: str) -> None:
