@@ -5,7 +5,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test quick lint clean
+.PHONY: help demo bench test quick lint clean
 
 help: ## show this
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -17,6 +17,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED) ## generate 8 prompts with and without TAP, into out/demo
 	$(BIN)/tap generate --prompts src/tap_diffusion/demo/prompts.txt --interval 8 --paper --compare --repeats 3 --out out/demo
+
+bench: $(INSTALLED) ## TAP against a few rivals on the embedded model, minutes; the report goes to out/bench
+	$(BIN)/tap bench --suite quick --out out/bench
 
 test: $(INSTALLED) ## the whole test suite
 	$(BIN)/pytest
