@@ -28,8 +28,8 @@ GROUPS = {
     "λ": "Width of the window of horizons {k - λ, …, k}, in steps of δ = 1.",
     "δ": "Spacing of the horizons, λ = 4.",
     "windows": "The window of horizons shifted to the right, beyond the step itself.",
-    "probe": "What the candidates are compared on: the modulated input of the first block, or what the first one, two or"
-    " three blocks add to the hidden states. The deeper two come from a full evaluation that only looks.",
+    "probe": "What the candidates are compared on: the modulated input of the first block, or what the first one, two"
+    " or three blocks add to the hidden states. The deeper two come from a full evaluation that only looks.",
     "proxy loss": "The distance between predicted and actual probe features.",
     "granularity": "Over what the argmin is taken. Shuffled: the choices of each sample are dealt out among its tokens"
     " at random, so that their shares stay and their places do not.",
@@ -151,10 +151,18 @@ def _fidelity_table(runs: Sequence[Results]) -> str:
     for results in runs:
         for entry in results["fidelity"]:
             rows.append(
-                [results["model"], str(entry["budget"]), entry["probe"], _bracketed(entry["rank_correlation"], "{:.2f}"),
-                 f"{entry['rank_spread']:.2f}", _bracketed(entry["best_share"], "{:.0%}"), f"{entry['chance']:.0%}",
-                 _bracketed(entry["error_to_best"], "{:.2f}"), _bracketed(entry["error_to_fixed"], "{:.2f}")]
-            )  # fmt: skip
+                [
+                    results["model"],
+                    str(entry["budget"]),
+                    entry["probe"],
+                    _bracketed(entry["rank_correlation"], "{:.2f}"),
+                    f"{entry['rank_spread']:.2f}",
+                    _bracketed(entry["best_share"], "{:.0%}"),
+                    f"{entry['chance']:.0%}",
+                    _bracketed(entry["error_to_best"], "{:.2f}"),
+                    _bracketed(entry["error_to_fixed"], "{:.2f}"),
+                ]
+            )
     return _table(heads, rows)
 
 

@@ -212,7 +212,7 @@ class Ablations(Bench):
         write_page([self.out], self.out / "ablations.md")
         return cells
 
-    def _costs(self, variant: Variant | None, calls: int) -> dict[str, int]:
+    def _costs(self, variant: Variant | None, calls: int) -> dict[str, int]:  # noqa: ARG002
         """Cost is not what is asked here."""
         return {}
 

@@ -1,8 +1,8 @@
 """What a full evaluation at the current hidden states would show: deeper probes, oracles, and how true a probe is.
 
 A predicted step knows only what enters the first blocks. Here a predicted call is preceded by a full one that only
-looks, whatever it costs, so that one can ask what a better probe would be worth. With all blocks as its probe, TAP is an
-oracle: it compares each candidate's residual with the true one.
+looks, whatever it costs, so that one can ask what a better probe would be worth. With all blocks as its probe, TAP is
+an oracle: it compares each candidate's residual with the true one.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class _Onlooker(Engine):
         super().__init__(config)
         self._found = found
 
-    def record(self, call: Call, residual: Tensor, probe: Tensor | None, stream: str = "") -> None:
+    def record(self, call: Call, residual: Tensor, probe: Tensor | None, stream: str = "") -> None:  # noqa: ARG002
         self._found(residual, stream)
 
 
@@ -127,11 +127,17 @@ class DeepProbeEngine(Engine):
         """Take note of what the call that is to be predicted would leave."""
         self._ahead[stream] = self._features(residual, stream)
 
-    def record(self, call: Call, residual: Tensor, probe: Tensor | None, stream: str = "") -> None:
+    def record(self, call: Call, residual: Tensor, probe: Tensor | None, stream: str = "") -> None:  # noqa: ARG002
         """As the base class, with features of its own."""
         super().record(call, residual, self._features(residual, stream), stream)
 
-    def predict(self, call: Call, hidden_states: Tensor, probe: Callable[[], Tensor], stream: str = "") -> Tensor:
+    def predict(
+        self,
+        call: Call,
+        hidden_states: Tensor,
+        probe: Callable[[], Tensor],  # noqa: ARG002
+        stream: str = "",
+    ) -> Tensor:
         """As the base class, with features of its own."""
         return super().predict(call, hidden_states, lambda: self._ahead.pop(stream), stream)
 
