@@ -60,25 +60,27 @@ def test_shuffling_keeps_the_shares_of_each_sample_and_changes_places() -> None:
 
 
 def test_a_shifted_window_predicts_by_taylor_at_the_shifted_horizons() -> None:
+    class Fixed(ShiftedEngine):
+        wanted = 0
+
+        def _choose(self, losses: Tensor) -> Tensor:
+            return torch.full(losses.shape[1:], self.wanted)
+
     torch.manual_seed(0)
     r0, r1, r2 = torch.randn(3, 1, 5, 4)
     x, h = torch.randn(2, 1, 5, 4)
     slope, older = (r2 - r1) / 2, (r1 - r0) / 1
     curve = (slope - older) / 2  # over the newest span, as the paper's recursion has it
     for shift in (1, 2, 4):
-        engine = ShiftedEngine(TAPConfig(full_steps=(0, 1, 3), orders=(1, 2)), shift)
+        engine = Fixed(TAPConfig(full_steps=(0, 1, 3), orders=(1, 2)), shift)
         for step, residual in ((0, r0), (1, r1), (3, r2)):
             engine.begin(call_at(step))
             engine.record(call_at(step), residual, residual)
-        for wanted in range(5):
-            horizon = 3 + shift - wanted  # at step 6, k = 3
+        for lag in range(5):
+            horizon = 3 + shift - lag  # at step 6, k = 3
             for order in (1, 2):
                 expected = x + r2 + slope * horizon + (order == 2) * curve * horizon**2 / 2
-                engine._choose = (
-                    lambda losses, i=5 * (order - 1) + wanted: torch.full(  # type: ignore[method-assign,misc]
-                        losses.shape[1:], i
-                    )
-                )
+                engine.wanted = 5 * (order - 1) + lag
                 torch.testing.assert_close(engine.predict(call_at(6), x, lambda: h), expected)
 
 
@@ -122,10 +124,14 @@ def test_a_look_ahead_disturbs_nothing(pipe: Any) -> None:
     runs = []
     for look in (False, True):
         looks: list[Tensor] = []
+
+        def found(residual: Tensor, stream: str, looks: list[Tensor] = looks) -> None:
+            looks.append(residual)
+
         torch.manual_seed(3)
         with enabled(pipe, CONFIG):
             (hook,) = hooks(pipe)
-            with truth.looking_ahead(hook, lambda residual, _: looks.append(residual)) if look else nullcontext():
+            with truth.looking_ahead(hook, found) if look else nullcontext():
                 latents = sample(pipe, steps=STEPS)
             assert "_predict" not in vars(hook)
             runs.append((latents, hook.engine.report, torch.rand(3)))
@@ -323,7 +329,7 @@ def test_a_run_that_is_taken_up_again_gives_the_same(tmp_path: Path, monkeypatch
         pass
 
     first = ablations_in(tmp_path / "a")
-    done = []
+    done: list[Any] = []
     measure = first._measure
 
     def interrupted(*args: Any) -> None:

@@ -25,9 +25,9 @@ Results = dict[str, Any]  # of one model, as results.json holds them
 GROUPS = {
     "orders": "Single orders at the full horizon, and sets of orders to choose from, with the horizon k alone (λ = 0)"
     " and with the paper's window (λ = 4).",
-    "λ": "Width of the window of horizons {k - λ, …, k}, in steps of δ = 1.",
-    "δ": "Spacing of the horizons, λ = 4.",
-    "windows": "The window of horizons shifted to the right, beyond the step itself.",
+    "horizon span": "Width of the window of horizons {k - λ, …, k}, in steps of δ = 1.",
+    "horizon step": "Spacing δ of the horizons, λ = 4.",
+    "shifted windows": "The window of horizons shifted to the right, beyond the step itself.",
     "probe": "What the candidates are compared on: the modulated input of the first block, or what the first one, two"
     " or three blocks add to the hidden states. The deeper two come from a full evaluation that only looks.",
     "proxy loss": "The distance between predicted and actual probe features.",
@@ -141,6 +141,8 @@ def _difference(cell: dict[str, Any] | None) -> str:
     if "difference_db" not in cell:
         return "TAP"
     low, high = cell["difference_ci"]
+    if low == high == 0:
+        return "the same"
     return f"{_MARKS[verdict(cell)]} {_signed(cell['difference_db'])} [{_signed(low)}, {_signed(high)}]"
 
 
@@ -185,7 +187,7 @@ def _signed(value: float) -> str:
 
 def _embedded(figure: Figure, page: Path, title: str) -> str:
     """Save a figure beside the page, and return what shows it there."""
-    name = re.sub(r"[^a-z0-9]+", "-", title.replace("λ", "lambda").replace("δ", "delta"))
+    name = re.sub(r"[^a-z0-9]+", "-", title)
     file = page.with_name(f"{page.stem}-{name}.svg")
     FigureCanvasSVG(figure)
     with mpl.rc_context(_STYLE):

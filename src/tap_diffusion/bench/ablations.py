@@ -106,12 +106,12 @@ def ablations() -> Iterator[Ablation]:
             yield _configured("orders", f"{{{', '.join(map(str, orders))}}}, λ = {span:g}", orders=orders,
                               horizon_span=span)  # fmt: skip
     for span in range(7):
-        yield _configured("λ", f"λ = {span}", horizon_span=float(span))
+        yield _configured("horizon span", f"λ = {span}", horizon_span=float(span))
     for step in (1.0, 0.5, 0.1):
-        yield _configured("δ", f"δ = {step:g}", horizon_step=step)
-    yield _configured("windows", "k - 4 … k")
+        yield _configured("horizon step", f"δ = {step:g}", horizon_step=step)
+    yield _configured("shifted windows", "k - 4 … k")
     for shift in (1, 2, 4):
-        yield Ablation("windows", f"k - {4 - shift} … k + {shift}".replace("k - 0", "k"), _shifted(shift))
+        yield Ablation("shifted windows", f"k - {4 - shift} … k + {shift}".replace("k - 0", "k"), _shifted(shift))
     yield _configured("probe", "modulated input")
     yield _configured("probe", "first block", probe="first_block")
     for name, blocks in truth.PROBES.items():

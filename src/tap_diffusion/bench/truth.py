@@ -78,6 +78,7 @@ def looking_ahead(hook: TAPHook, found: Callable[[Tensor, str], None]) -> Iterat
 
     The hook's engine takes no part in it, and random numbers come as if it were not there.
     """
+    changed: Any = hook
     predict = hook._predict
 
     def ahead(depth: Any, call: Call, args: Any, kwargs: Any) -> Any:
@@ -90,11 +91,11 @@ def looking_ahead(hook: TAPHook, found: Callable[[Tensor, str], None]) -> Iterat
             hook.engine = engine
         return predict(depth, call, args, kwargs)
 
-    vars(hook)["_predict"] = ahead
+    changed._predict = ahead
     try:
         yield
     finally:
-        del vars(hook)["_predict"]
+        del changed._predict
 
 
 class _Onlooker(Engine):
