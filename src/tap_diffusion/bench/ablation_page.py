@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -229,7 +229,7 @@ def _differences_plot(runs: Sequence[Results], group: str) -> Figure:
 
 def _point(panel: Axes, cell: dict[str, Any], y: float, colour: str) -> None:
     if "difference_db" not in cell:
-        panel.plot([0], [y], "|", color=colour, markersize=9)
+        panel.plot([0], [y], "D", color=colour, markerfacecolor="white", markersize=5)
         return
     x, (low, high) = cell["difference_db"], cell["difference_ci"]
     panel.errorbar([x], [y], xerr=[[x - low], [high - x]], fmt="o", color=colour, markersize=5, elinewidth=1.2)
@@ -237,26 +237,21 @@ def _point(panel: Axes, cell: dict[str, Any], y: float, colour: str) -> None:
 
 def _fidelity_plot(runs: Sequence[Results], budget: int) -> Figure:
     """Rank correlation, share of best choices and ratio of errors over the steps, one line for each probe."""
-    shown: list[tuple[str, str, Callable[[Axes], Any] | None]] = [
-        ("rank_correlation", "rank correlation", None),
-        ("best_share", "truly best chosen", None),
-        ("error_to_best", "error to best", lambda panel: panel.set_yscale("log")),
-        ("error_to_fixed", "error to order 1", lambda panel: panel.set_yscale("log")),
-    ]
+    shown = {"rank_correlation": "rank correlation", "best_share": "truly best chosen",
+             "error_to_best": "error to best", "error_to_fixed": "error to order 1"}  # fmt: skip
     figure, axes = _panels(runs, len(shown), width=3.6, height=1.7)
     for column, results in zip(axes.T, runs, strict=True):
         entries = [entry for entry in results["fidelity"] if entry["budget"] == budget]
-        for panel, (name, label, prepare) in zip(column, shown, strict=True):
+        for panel, name in zip(column, shown, strict=True):
             for entry, colour in zip(entries, _COLOURS, strict=False):
-                panel.plot(*_broken(entry["by_step"], name), color=colour, linewidth=1.4, label=entry["probe"])
+                style: Any = {"color": colour, "linewidth": 1.4, "marker": ".", "label": entry["probe"]}
+                panel.plot(*_broken(entry["by_step"], name), **style)
             if name == "best_share" and entries:
-                style: Any = {"color": "#555555", "linewidth": 1, "linestyle": ":", "label": "chance"}
+                style = {"color": "#555555", "linewidth": 1, "linestyle": ":", "label": "chance"}
                 panel.plot(*_broken(entries[0]["by_step"], "chance"), **style)
-            if prepare:
-                prepare(panel)
-            if column is axes.T[0]:
-                panel.set_ylabel(label)
         column[-1].set_xlabel(f"step, {budget} of {results['steps']} full")
+    for panel, label in zip(axes[:, 0], shown.values(), strict=True):
+        panel.set_ylabel(label)
     _legend(figure, axes, row=1)
     return figure
 
