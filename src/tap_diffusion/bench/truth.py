@@ -243,7 +243,7 @@ class FidelityEngine(Engine):
         super().__init__(config)
         self.rows: list[dict[str, Any]] = []
         self._added, self._probes = added, probes
-        self._anchors: dict[tuple[str, str], History] = {}  # of each branch and stream, and probe
+        self._anchors: dict[tuple[str, str, str], History] = {}  # of each branch, stream and probe
 
     def reset(self) -> None:
         """As the base class."""
@@ -260,15 +260,15 @@ class FidelityEngine(Engine):
         assert probe is not None
         for name, blocks in self._probes.items():
             h = self._added(blocks, stream) if blocks else probe
-            key = (call.branch + stream, name)
+            key = (call.branch, stream, name)
             if self.config.is_full(call.step):
                 self._anchors.setdefault(key, History(self.config.anchors)).add(call.step, residual, h)
             else:
-                self._compare(call, key, residual, h)
+                self._compare(call.step, key, residual, h)
 
-    def _compare(self, call: Call, key: tuple[str, str], residual: Tensor, h: Tensor) -> None:
+    def _compare(self, step: int, key: tuple[str, str, str], residual: Tensor, h: Tensor) -> None:
         history = self._anchors[key]
-        members, coefficients = self._candidates(tuple(history.times), call.step)
+        members, coefficients = self._candidates(tuple(history.times), step)
         distinct = [
             i for i, row in enumerate(coefficients) if not any(row.allclose(other) for other in coefficients[:i])
         ]
@@ -279,7 +279,8 @@ class FidelityEngine(Engine):
         columns = {name: values.tolist() for name, values in fidelity(losses, errors, fixed).items()}
         for sample in range(len(h)):
             self.rows.append(
-                {"branch": key[0], "step": call.step, "probe": key[1], "sample": sample, "candidates": len(distinct)}
+                dict(zip(("branch", "stream", "probe"), key, strict=True))
+                | {"step": step, "sample": sample, "candidates": len(distinct)}
                 | {name: values[sample] for name, values in columns.items()}
             )
 
