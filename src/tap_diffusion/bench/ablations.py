@@ -258,7 +258,7 @@ class Ablations(Bench):
                 run(self.pipe, self.model, None, conditions, first, self.steps)
             for row in (row for engine in engines for row in engine.rows):
                 half, sample = divmod(row["sample"], len(conditions))  # both branches of guidance may be in one batch
-                rows.append(row | {"branch": f"{row['branch']}{half or ''}", "sample": first + sample})
+                rows.append(row | {"branch": f"{row['branch']}/{half}", "sample": first + sample})
         file.parent.mkdir(exist_ok=True)
         _whole(file, lambda partial: pq.write_table(pa.Table.from_pylist(rows), partial))
 
