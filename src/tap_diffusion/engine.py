@@ -166,7 +166,7 @@ class Engine:
         if not history.fits(hidden_states):
             raise Fallback("the shape, dtype or device of the hidden states changed")
         config = self.config
-        members, coefficients = _coefficients(config, tuple(history.times), call.step)
+        members, coefficients = self._candidates(tuple(history.times), call.step)
         if len(members) == 1:
             predicted = combine(history.residual, coefficients[0].tolist())
             return self._checked(call, hidden_states, predicted, None, history)
@@ -175,10 +175,18 @@ class Engine:
             losses = proxy_losses(h, history.probe, coefficients, config.loss)
         else:
             losses = proxy_losses_onepass(h, history.probe, history.gram, coefficients, config.loss)
-        choice = choose(losses, config.granularity)
+        choice = self._choose(losses)
         result = self._checked(call, hidden_states, combine_chosen(history.residual, coefficients, choice), h, history)
         self.report.choices.append(Choice(call.step, call.branch, members, choice.to(torch.uint8)))
         return result
+
+    def _candidates(self, times: tuple[float, ...], t: float) -> tuple[list[Candidate], Tensor]:
+        """The candidates at time ``t``, and their coefficients (K, H) of the differences at anchors of these times."""
+        return _coefficients(self.config, times, t)
+
+    def _choose(self, losses: Tensor) -> Tensor:
+        """Each token's candidate, (B, N), by the losses, (K, B, N)."""
+        return choose(losses, self.config.granularity)
 
     def _checked(
         self, call: Call, hidden_states: Tensor, predicted: Tensor, h: Tensor | None, history: History

@@ -1,0 +1,337 @@
+"""The paper's ablations on the models of the bench, and some that need the truth.
+
+    python -m tap_diffusion.bench.ablations --model emoji --samples 32 --budgets 14,8 --out out/ablations-emoji
+
+Each cell changes one thing of TAP as the paper has it, on the paper's schedule, and is compared with it pair by pair.
+The output folder holds one Parquet file per cell, ``results.json``, and a page with plots. What is there is not done
+again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import exp
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import typer
+from torch import Tensor
+from tqdm import tqdm
+
+from tap_diffusion.bench import BASELINE, metrics, truth
+from tap_diffusion.bench.ablation_page import write_page
+from tap_diffusion.bench.bench import Bench, Suite, _whole, _write
+from tap_diffusion.bench.calibration import run
+from tap_diffusion.bench.methods import Method, Setting, Variant, on_engine
+from tap_diffusion.bench.models import MODELS, BenchModel
+from tap_diffusion.config import TAPConfig
+from tap_diffusion.engine import Engine
+from tap_diffusion.predictors import Candidate
+from tap_diffusion.schedule import paper_steps
+
+SOURCE = "arXiv 2603.03792"
+ORDERS: tuple[tuple[int, ...], ...] = ((0, 1), (1, 2), (0, 1, 2), (0, 1, 2, 3))
+
+
+# ------------------------------------------------------------------------------------------------------------- engines
+
+
+class ShiftedEngine(Engine):
+    """TAP with the horizons {k - λ + shift, …, k + shift}. Reports name horizons as if the step were that much later.
+
+    Args:
+        config: see :class:`TAPConfig`.
+        shift: in steps.
+    """
+
+    def __init__(self, config: TAPConfig, shift: float) -> None:
+        super().__init__(config)
+        self._shift = shift
+
+    def _candidates(self, times: tuple[float, ...], t: float) -> tuple[list[Candidate], Tensor]:
+        return super()._candidates(times, t + self._shift)
+
+
+class ShuffledEngine(Engine):
+    """TAP that deals out the choices of each sample's tokens among them at random: the same shares, wrong places."""
+
+    def __init__(self, config: TAPConfig) -> None:
+        super().__init__(config)
+        self._generator = torch.Generator().manual_seed(0)
+
+    def _choose(self, losses: Tensor) -> Tensor:
+        choice = super()._choose(losses)
+        places = torch.rand(choice.shape, generator=self._generator).argsort(1)
+        return choice.gather(1, places.to(choice.device))
+
+
+# ------------------------------------------------------------------------------------------------------- what is tried
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """TAP with one thing changed.
+
+    Attributes:
+        group: what is changed.
+        label: to what.
+        variant: gives the variant for TAP's configuration.
+    """
+
+    group: str
+    label: str
+    variant: Callable[[TAPConfig], Variant]
+
+    @property
+    def slug(self) -> str:
+        """Name of its files."""
+        text = f"{self.group} {self.label}".lower().replace("λ", "lambda").replace("δ", "delta")
+        return re.sub(r"[^a-z0-9.]+", "-", text).strip("-")
+
+
+def ablations() -> Iterator[Ablation]:
+    """All ablations, group by group. TAP itself comes in most groups."""
+    for order in range(3):
+        yield _configured("orders", f"{{{order}}}", orders=(order,), horizon_span=0.0)
+    for span in (0.0, 4.0):
+        for orders in ORDERS:
+            yield _configured("orders", f"{{{', '.join(map(str, orders))}}}, λ = {span:g}", orders=orders,
+                              horizon_span=span)  # fmt: skip
+    for span in range(7):
+        yield _configured("horizon span", f"λ = {span}", horizon_span=float(span))
+    for step in (1.0, 0.5, 0.1):
+        yield _configured("horizon step", f"δ = {step:g}", horizon_step=step)
+    yield _configured("shifted windows", "k - 4 … k")
+    for shift in (1, 2, 4):
+        yield Ablation("shifted windows", f"k - {4 - shift} … k + {shift}".replace("k - 0", "k"), _shifted(shift))
+    yield _configured("probe", "modulated input")
+    yield _configured("probe", "first block", probe="first_block")
+    for name, blocks in truth.PROBES.items():
+        if blocks > 1:
+            yield Ablation("probe", name, lambda config, blocks=blocks: truth.deep_probe(config, blocks))  # type: ignore[misc]
+    for name, loss in {"cosine": "cosine", "L2": "l2", "relative L2": "relative_l2", "L1": "l1"}.items():
+        yield _configured("proxy loss", name, loss=loss)
+    for granularity in ("token", "sample", "batch"):
+        yield _configured("granularity", granularity, granularity=granularity)
+    yield Ablation("granularity", "tokens shuffled", _shuffled)
+    yield _configured("oracle", "proxy, token")
+    for granularity in ("token", "sample"):
+        for name, loss in (("L2", "l2"), ("cosine", "cosine")):
+            yield Ablation("oracle", f"{name}, {granularity}", _oracle(loss=loss, granularity=granularity))
+
+
+def _configured(group: str, label: str, **change: Any) -> Ablation:
+    return Ablation(group, label, lambda config: on_engine("paper", replace(config, **change)))
+
+
+def _shifted(shift: int) -> Callable[[TAPConfig], Variant]:
+    def variant(config: TAPConfig) -> Variant:
+        shifted = on_engine("paper", config, lambda config: ShiftedEngine(config, shift))
+        return replace(shifted, settings=shifted.settings | {"shift": shift})
+
+    return variant
+
+
+def _shuffled(config: TAPConfig) -> Variant:
+    variant = on_engine("paper", config, ShuffledEngine)
+    return replace(variant, settings=variant.settings | {"shuffled": True})
+
+
+def _oracle(**change: Any) -> Callable[[TAPConfig], Variant]:
+    return lambda config: truth.oracle(replace(config, **change))
+
+
+def _tap(steps: int, budget: int) -> TAPConfig:
+    return replace(TAPConfig.paper(interval=6), full_steps=paper_steps(steps, budget))
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+
+
+class Ablations(Bench):
+    """One run of the ablations, in one folder.
+
+    Args:
+        model: to run on.
+        samples: measured in each cell.
+        budgets: full evaluations per trajectory that the schedule has. What a look-ahead costs is not counted.
+        out: the folder.
+        steps: of the full result.
+        chosen: the ablations.
+
+    Raises:
+        UsageError: the folder holds a run with other settings.
+    """
+
+    def __init__(
+        self,
+        model: BenchModel,
+        samples: int,
+        budgets: Sequence[int],
+        out: Path,
+        steps: int = 50,
+        chosen: Sequence[Ablation] | None = None,
+    ) -> None:
+        self.ablations = list(ablations()) if chosen is None else list(chosen)
+        methods: dict[str, Method] = {}
+        names = {_settings(_method(BASELINE, _plain), steps): BASELINE}
+        methods[BASELINE] = _method(BASELINE, _plain)
+        self._names: list[str] = []  # of each ablation: some are the same in two groups
+        for ablation in self.ablations:
+            method = _method(ablation.slug, ablation.variant)
+            name = names.setdefault(_settings(method, steps), ablation.slug)
+            methods.setdefault(name, method)
+            self._names.append(name)
+        suite = Suite(samples, 1, tuple(budgets), None, timed=0, repeats=0)
+        super().__init__(model, methods, suite, budgets, out, steps)
+
+    def run(self) -> list[dict[str, Any]]:
+        """Do what is left to do; return the cells and write ``results.json`` and ``ablations.md`` with its plots."""
+        wanted = [(method, budget) for budget in self.budgets for method in self.methods.values()]
+        for method, budget in tqdm(wanted, desc="measuring", unit="cell"):
+            (variant,) = method.variants(Setting(self.pipe, self.steps, budget, self.calibration))
+            self._measure(method, budget, variant)
+        self._measure(None, self.steps, None)
+        for budget in tqdm(self.budgets, desc="fidelity", unit="budget"):
+            self._ask(budget)
+        cells = [cell for budget in self.budgets for cell in self._cells(budget)]
+        fidelity = [row for budget in self.budgets for row in self._fidelity(budget)]
+        _write(
+            self.out / "results.json",
+            {"model": self.model.name, "steps": self.steps, "samples": len(self.measured), "cells": cells,
+             "fidelity": fidelity},
+        )  # fmt: skip
+        write_page([self.out], self.out / "ablations.md")
+        return cells
+
+    def _costs(self, variant: Variant | None, calls: int) -> dict[str, int]:  # noqa: ARG002
+        """Cost is not what is asked here."""
+        return {}
+
+    def _cells(self, budget: int) -> Iterator[dict[str, Any]]:
+        tables = {name: pq.read_table(self.out / "cells" / f"{name}-{budget}.parquet") for name in self.methods}
+        baseline = tables[BASELINE]["psnr_db"].to_pylist()
+        for ablation, name in zip(self.ablations, self._names, strict=True):
+            table = tables[name]
+            facts = json.loads(table.schema.metadata[b"facts"])
+            psnr = table["psnr_db"].to_pylist()
+            cell = {
+                "group": ablation.group,
+                "label": ablation.label,
+                "method": name,
+                "budget": budget,
+                "full_evaluations": facts["full_steps"],  # with those of a look-ahead
+                "psnr_db": fmean(psnr),
+                "psnr_ci": metrics.bootstrap_interval(psnr),
+                "ssim": fmean(table["ssim"].to_pylist()),
+                "latent_error": fmean(table["latent_error"].to_pylist()),
+                "settings": facts["settings"],
+            }
+            if name != BASELINE:
+                differences = [own - other for own, other in zip(psnr, baseline, strict=True)]
+                cell |= {
+                    "difference_db": fmean(differences),
+                    "difference_ci": metrics.bootstrap_interval(differences),
+                }
+            yield cell
+
+    # ---------------------------------------------------------------------------------------------------- fidelity
+
+    def _ask(self, budget: int) -> None:
+        """Ask each probe on the trajectories of the full result, unless that has been done."""
+        file = self.out / "fidelity" / f"{budget}.parquet"
+        if file.exists():
+            return
+        rows = []
+        size = self.model.batch
+        for first in tqdm(range(0, len(self.measured), size), desc=f"fidelity-{budget}", leave=False):
+            conditions = self.measured[first : first + size]
+            with truth.asked(self.pipe, _tap(self.steps, budget)) as engines:
+                run(self.pipe, self.model, None, conditions, first, self.steps)
+            for row in (row for engine in engines for row in engine.rows):
+                half, sample = divmod(row["sample"], len(conditions))  # both branches of guidance may be in one batch
+                rows.append(row | {"branch": f"{row['branch']}/{half}", "sample": first + sample})
+        file.parent.mkdir(exist_ok=True)
+        _whole(file, lambda partial: pq.write_table(pa.Table.from_pylist(rows), partial))
+
+    def _fidelity(self, budget: int) -> Iterator[dict[str, Any]]:
+        rows = pq.read_table(self.out / "fidelity" / f"{budget}.parquet").to_pylist()
+        for probe in truth.PROBES:
+            own = [row for row in rows if row["probe"] == probe]
+            steps = sorted({row["step"] for row in own})
+            yield {
+                "budget": budget,
+                "probe": probe,
+                "chance": fmean(1 / row["candidates"] for row in own),
+                "rank_correlation": _interval(own, "rank_correlation"),
+                "rank_spread": _mean(own, "rank_spread"),
+                "best_share": _interval(own, "best_share"),
+                "error_to_best": [exp(value) for value in _interval(own, "log_to_best")],
+                "error_to_fixed": [exp(value) for value in _interval(own, "log_to_fixed")],
+                "by_step": [
+                    {
+                        "step": step,
+                        "chance": fmean(1 / row["candidates"] for row in at),
+                        **{name: _mean(at, name) for name in ("rank_correlation", "rank_spread", "best_share")},
+                        "error_to_best": exp(_mean(at, "log_to_best")),
+                        "error_to_fixed": exp(_mean(at, "log_to_fixed")),
+                    }
+                    for step in steps
+                    for at in [[row for row in own if row["step"] == step]]
+                ],
+            }
+
+
+def _plain(config: TAPConfig) -> Variant:
+    return on_engine("paper", config)
+
+
+def _method(name: str, variant: Callable[[TAPConfig], Variant]) -> Method:
+    return Method(name, "tap", SOURCE, lambda setting: [variant(_tap(setting.steps, setting.budget))])
+
+
+def _settings(method: Method, steps: int) -> str:
+    (variant,) = method.variants(Setting(None, steps, 3, None))  # type: ignore[arg-type]
+    return json.dumps(variant.settings)
+
+
+def _mean(rows: Sequence[dict[str, Any]], name: str) -> float:
+    """Mean over rows, without those where no token has a value."""
+    return fmean(row[name] for row in rows if row[name] == row[name])
+
+
+def _interval(rows: Sequence[dict[str, Any]], name: str) -> list[float]:
+    """Mean over samples, and its 95 % bootstrap interval."""
+    samples = defaultdict(list)
+    for row in rows:
+        samples[row["sample"]].append(row)
+    values = [_mean(own, name) for own in samples.values()]
+    return [fmean(values), *metrics.bootstrap_interval(values)]
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+def main(
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results; a run that was interrupted goes on there.")],
+    samples: Annotated[int, typer.Option(help="Samples measured in each cell.", min=1)] = 32,
+    budgets: Annotated[str, typer.Option(help="Full evaluations per trajectory.")] = "14,8",
+    steps: Annotated[int, typer.Option(help="Of the full result.", min=4)] = 50,
+) -> None:
+    """Run the ablations on a model of the bench."""
+    if model not in MODELS:
+        raise typer.BadParameter(f"{model!r} is none of {', '.join(MODELS)}", param_hint="--model")
+    Ablations(MODELS[model](), samples, [int(budget) for budget in budgets.split(",")], out, steps).run()
+
+
+if __name__ == "__main__":
+    typer.run(main)
