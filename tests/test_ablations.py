@@ -75,7 +75,7 @@ def test_a_shifted_window_predicts_by_taylor_at_the_shifted_horizons() -> None:
         engine = Fixed(TAPConfig(full_steps=(0, 1, 3), orders=(1, 2)), shift)
         for step, residual in ((0, r0), (1, r1), (3, r2)):
             engine.begin(call_at(step))
-            engine.record(call_at(step), residual, residual)
+            engine.record(call_at(step), torch.zeros_like(residual), residual, residual)
         for lag in range(5):
             horizon = 3 + shift - lag  # at step 6, k = 3
             for order in (1, 2):
@@ -94,7 +94,7 @@ def test_an_oracle_takes_the_best_candidate_of_each_token() -> None:
         engine = truth.DeepProbeEngine(replace(CONFIG, loss=loss), lambda residual, _: residual)
         for step, residual in enumerate(residuals):
             engine.begin(call_at(step))
-            engine.record(call_at(step), residual, None)
+            engine.record(call_at(step), torch.zeros_like(residual), residual, None)
         engine.look(truly, "")
         found = engine.predict(call_at(4), x, pytest.fail) - x
 
@@ -264,9 +264,9 @@ def test_a_probe_that_is_the_truth_is_entirely_true(pipe: Any) -> None:
     seen: dict[str, Tensor] = {}
 
     class Truthful(truth.FidelityEngine):
-        def record(self, call: Call, residual: Tensor, probe: Tensor | None, stream: str = "") -> None:
-            seen["residual"] = residual
-            super().record(call, residual, probe, stream)
+        def record(self, call: Call, before: Tensor, after: Tensor, probe: Tensor | None, stream: str = "") -> None:
+            seen["residual"] = after - before
+            super().record(call, before, after, probe, stream)
 
     config = replace(CONFIG, loss="l2")
     with enabled(pipe, config):

@@ -107,8 +107,8 @@ class _Onlooker(Engine):
         super().__init__(config)
         self._found = found
 
-    def record(self, call: Call, residual: Tensor, probe: Tensor | None, stream: str = "") -> None:  # noqa: ARG002
-        self._found(residual, stream)
+    def record(self, call: Call, before: Tensor, after: Tensor, probe: Tensor | None, stream: str = "") -> None:  # noqa: ARG002
+        self._found(after - before, stream)
 
 
 class DeepProbeEngine(Engine):
@@ -128,9 +128,9 @@ class DeepProbeEngine(Engine):
         """Take note of what the call that is to be predicted would leave."""
         self._ahead[stream] = self._features(residual, stream)
 
-    def record(self, call: Call, residual: Tensor, probe: Tensor | None, stream: str = "") -> None:  # noqa: ARG002
+    def record(self, call: Call, before: Tensor, after: Tensor, probe: Tensor | None, stream: str = "") -> None:  # noqa: ARG002
         """As the base class, with features of its own."""
-        super().record(call, residual, self._features(residual, stream), stream)
+        super().record(call, before, after, self._features(after - before, stream), stream)
 
     def predict(
         self,
@@ -255,9 +255,10 @@ class FidelityEngine(Engine):
         super().begin(call)
         return True
 
-    def record(self, call: Call, residual: Tensor, probe: Tensor | None, stream: str = "") -> None:
+    def record(self, call: Call, before: Tensor, after: Tensor, probe: Tensor | None, stream: str = "") -> None:
         """Make a full step's features anchors; on other steps compare."""
         assert probe is not None
+        residual = after - before
         for name, blocks in self._probes.items():
             h = self._added(blocks, stream) if blocks else probe
             key = (call.branch, stream, name)
