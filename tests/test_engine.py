@@ -211,6 +211,21 @@ def test_a_longer_history_reaches_the_predictor() -> None:
     torch.testing.assert_close(result, expected.float(), rtol=1e-5, atol=1e-5)
 
 
+def test_a_branch_that_begins_late_runs_in_full_and_says_so() -> None:
+    """Guidance from some step on, as skip-layer guidance has it."""
+    engine = Engine(TAPConfig(interval=4, warmup=2, orders=(0,)))
+    full: dict[str, list[int]] = {"cond": [], "late": []}
+    for step in range(6):
+        for branch in full if step >= 3 else ["cond"]:
+            where = call(step, branch)
+            if engine.begin(where):
+                full[branch].append(step)
+                engine.record(where, torch.zeros(SHAPE), features(step), None)
+            engine.end(where, step in full[branch], lambda: 0.0)
+    assert full == {"cond": [0, 1, 5], "late": [3, 5]}
+    assert engine.report.fallbacks == {"the branch has only just begun": 1}
+
+
 def test_without_effect_warns_with_the_reason() -> None:
     with pytest.warns(TAPWarning, match=r"it had 3 steps, and with warmup=3 the first predicted step is number 4"):
         Driver().run(3)

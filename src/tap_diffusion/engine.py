@@ -70,7 +70,7 @@ class Engine:
         if self.config.is_full(call.step):
             return True
         if call.branch not in self._histories:
-            self.fall_back(call, "no finite anchor")
+            self.fall_back(call, "no finite anchor" if call.branch in self._seen else "the branch has only just begun")
             return True
         return False
 
