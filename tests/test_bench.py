@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -17,10 +19,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 from typer.testing import CliRunner
 
 from ssim import ssim_by_hand
-from tap_diffusion.bench import judges, metrics, recipes
+from tap_diffusion.bench import judges, metrics, recipes, scores
 from tap_diffusion.bench.bench import Bench, Suite
 from tap_diffusion.bench.calibration import SEED, Calibration
 from tap_diffusion.bench.counting import counted, flops, live_bytes
@@ -341,3 +345,59 @@ def test_recipes_are_checked(tmp_path: Path) -> None:
 def test_one_prompt_is_too_few() -> None:
     with pytest.raises(UsageError, match="at least 2 prompts"):
         any_pipeline(recipes.Recipe("x"), ["one"], torch.float32, "cpu")
+
+
+IMAGE_MEAN, IMAGE_STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+
+
+def tiny_clip() -> tuple[CLIPModel, Any]:
+    torch.manual_seed(0)
+    tokenizer = build_pipeline().tokenizer
+    text = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1}  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 32, "patch_size": 16}  # fmt: skip
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+    size = {"height": 32, "width": 32}
+    pictures = CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size=size, image_mean=IMAGE_MEAN, image_std=IMAGE_STD
+    )
+    return model, CLIPProcessor(pictures, tokenizer)
+
+
+def test_clip_score_is_a_hundred_times_the_cosine(tmp_path: Path) -> None:
+    model, processor = tiny_clip()
+    for part in (model, processor):
+        part.save_pretrained(tmp_path)
+    pictures = torch.rand(2, 3, 32, 32).mul(255).round() / 255
+    found = scores.clip_score(pictures, WORDS[:2], str(tmp_path))["clip_score"]
+    for picture, prompt, score in zip(pictures, WORDS, found, strict=False):
+        mean, spread = (torch.tensor(values)[:, None, None] for values in (IMAGE_MEAN, IMAGE_STD))
+        tokens = processor.tokenizer(prompt, return_tensors="pt").input_ids
+        with torch.no_grad():
+            seen = model.visual_projection(model.vision_model(((picture - mean) / spread)[None]).pooler_output)
+            said = model.text_projection(model.text_model(tokens).pooler_output)
+        assert score == pytest.approx(100 * float(torch.cosine_similarity(seen, said)), abs=1e-3)
+
+
+def test_image_reward_is_asked_of_each_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A double of the package, which can't be had here: its documented ``load`` and ``score(prompt, picture)``."""
+
+    class Model:
+        def score(self, prompt: str, picture: Image.Image) -> float:
+            return len(prompt) + np.asarray(picture)[0, 0, 0] / 255
+
+    monkeypatch.setitem(sys.modules, "ImageReward", SimpleNamespace(load=lambda name: Model()))
+    scores._reward.cache_clear()
+    pictures = torch.zeros(2, 3, 4, 4)
+    pictures[1, 0] = 1.0
+    assert scores.image_reward(pictures, ["a", "bcd"]) == {"image_reward": [1.0, 4.0]}
+    monkeypatch.setitem(sys.modules, "ImageReward", None)
+    scores._reward.cache_clear()
+    with pytest.raises(UsageError, match="pip install image-reward"):
+        scores.image_reward(pictures, ["a", "b"])
+
+
+def test_an_unknown_score_is_named() -> None:
+    with pytest.raises(UsageError, match="no score is named 'beauty'; there are clip_score, image_reward"):
+        any_pipeline(recipes.Recipe("x", scores=["beauty"]), ["a", "b"], torch.float32, "cpu")

@@ -15,6 +15,7 @@ from torch import Tensor
 from tap_diffusion.bench import WEIGHTS, judges, sprites
 from tap_diffusion.bench.pixels import PixelDiTPipeline, PixelWanPipeline
 from tap_diffusion.bench.recipes import Recipe
+from tap_diffusion.bench.scores import SCORES
 from tap_diffusion.demo import EMOJI, data
 from tap_diffusion.demo.train import MAX_TOKENS
 from tap_diffusion.errors import UsageError
@@ -147,8 +148,11 @@ def any_pipeline(recipe: Recipe, conditions: Sequence[Any], dtype: torch.dtype, 
         device: to run on.
 
     Raises:
-        UsageError: there are too few conditions to keep some for calibration.
+        UsageError: there are too few conditions to keep some for calibration, or a score is not known.
     """
+    for name in recipe.scores:
+        if name not in SCORES:
+            raise UsageError(f"no score is named '{name}'; there are {', '.join(SCORES)}")
     if len(conditions) < 2:
         raise UsageError("give at least 2 prompts: some are measured, every fifth is for calibration")
 
@@ -162,7 +166,8 @@ def any_pipeline(recipe: Recipe, conditions: Sequence[Any], dtype: torch.dtype, 
         return {recipe.argument: list(some), **recipe.call}
 
     measured = [condition for i, condition in enumerate(conditions) if i % 5]
-    return BenchModel(recipe.model, load, measured, conditions[::5], arguments, batch=recipe.batch)
+    scores = [SCORES[name] for name in recipe.scores]
+    return BenchModel(recipe.model, load, measured, conditions[::5], arguments, recipe.batch, scores)
 
 
 MODELS: dict[str, Callable[[], BenchModel]] = {"emoji": emoji, "fashion": fashion, "sprites": sprites_}

@@ -27,6 +27,7 @@ class Recipe:
         argument: name of the argument of the pipeline's call that takes the prompts.
         call: further arguments of the pipeline's call.
         scheduler: class of diffusers to put in place of the pipeline's own; None leaves it.
+        scores: names of :data:`tap_diffusion.bench.scores.SCORES`.
     """
 
     model: str
@@ -38,6 +39,7 @@ class Recipe:
     argument: str = "prompt"
     call: dict[str, Any] = field(default_factory=dict)
     scheduler: str | None = None
+    scores: list[str] = field(default_factory=list)
 
 
 def names() -> list[str]:
