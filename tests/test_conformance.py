@@ -47,12 +47,14 @@ def test_a_stream_may_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _residual_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     record = Engine.record
-    monkeypatch.setattr(Engine, "record", lambda self, call, r, *more: record(self, call, 2 * r, *more))
+    monkeypatch.setattr(Engine, "record", lambda self, call, x, y, *more: record(self, call, x, 2 * y - x, *more))
 
 
 def _residual_of_another_place(monkeypatch: pytest.MonkeyPatch) -> None:
     record = Engine.record
-    monkeypatch.setattr(Engine, "record", lambda self, call, r, *more: record(self, call, r.roll(1, dims=1), *more))
+    monkeypatch.setattr(
+        Engine, "record", lambda self, call, x, y, *more: record(self, call, x, x + (y - x).roll(1, dims=1), *more)
+    )
 
 
 def _one_branch_for_all(monkeypatch: pytest.MonkeyPatch) -> None:

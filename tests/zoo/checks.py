@@ -192,9 +192,9 @@ def check_probe(name: str) -> None:
         engine: Any = engine_of(model)
         record, predict = engine.record, engine.predict
 
-        def recording(call: Any, residual: Tensor, probe: Tensor, *more: Any) -> None:
+        def recording(call: Any, before: Tensor, after: Tensor, probe: Tensor, *more: Any) -> None:
             kept.append(probe.clone())
-            record(call, residual, probe, *more)
+            record(call, before, after, probe, *more)
 
         def predicting(call: Any, x: Tensor, probe: Callable[[], Tensor], *more: Any) -> Tensor:
             compared.append(probe().clone())
