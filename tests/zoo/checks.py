@@ -91,7 +91,8 @@ def _stream_into_head(name: str, model: nn.Module, make: Any) -> Iterator[None]:
 
     def enter(block: nn.Module, args: Any, kwargs: Any) -> None:
         arguments = named(block, args, kwargs)
-        entered.update({stream.argument: arguments[stream.argument].clone() for stream in spec.streams})
+        given = [stream.argument for stream in spec.streams if arguments[stream.argument] is not None]
+        entered.update({argument: arguments[argument].clone() for argument in given})
 
     def exchanged(stream: Stream, value: Tensor) -> Tensor:
         length = entered[stream.argument].shape[1] if stream.behind_text else value.shape[1]
