@@ -14,6 +14,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from torch import Tensor
@@ -177,7 +178,9 @@ def test_lora_comes_and_goes_while_enabled(name: str) -> None:
 
 
 @FAMILIES
-def test_attention_backend(name: str) -> None:
+def test_attention_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # diffusers makes it the default of the process too, and it changes torch's global flags in every thread.
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
     model, expected = build(name), accelerated(name)
     tap.enable(model, CONFIG)
     model.set_attention_backend("_native_math")
