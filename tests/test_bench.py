@@ -289,6 +289,11 @@ def test_a_run_that_was_interrupted_goes_on(tmp_path: Path) -> None:
         assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
 
 
+def test_methods_that_can_do_nothing_here_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="none of ddim can do 4 full evaluations on tiny"):
+        bench(tmp_path, "ddim").run()
+
+
 def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
     bench(tmp_path, "tap")
     with pytest.raises(UsageError, match="holds a run with steps 12, not 20"):
@@ -330,6 +335,7 @@ def test_recipes_fit_their_pipelines(name: str) -> None:
     recipe = recipes.load(name)
     known = inspect.signature(getattr(diffusers, kinds[name.split("-")[0]]).__call__).parameters
     assert {recipe.argument, "num_inference_steps", "output_type", *recipe.call} <= set(known)
+    assert recipe.budgets
     assert all(2 <= budget < recipe.steps for budget in recipe.budgets)
 
 

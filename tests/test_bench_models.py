@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from statistics import fmean
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch
 from tap_diffusion.bench import judges
 from tap_diffusion.bench.calibration import Calibration
 from tap_diffusion.bench.methods import on_engine
-from tap_diffusion.bench.models import MODELS, draw
+from tap_diffusion.bench.models import MODELS, BenchModel, draw
 from tap_diffusion.config import TAPConfig
 
 # What the judges must at least say of these few samples by the full model, out of 1; by chance it is 1/313, 1/10, 1/10.
@@ -21,12 +23,17 @@ LEAST = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
-def test_models_draw_what_is_asked_for(name: str) -> None:
+def loaded(name: str) -> tuple[BenchModel, Any]:
     model = MODELS[name]()
     pipe = model.load()
     pipe.set_progress_bar_config(disable=True)
+    return model, pipe
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_models_draw_what_is_asked_for(name: str) -> None:
+    model, pipe = loaded(name)
     drawn = draw(pipe, model, model.measured[:8], 0, num_inference_steps=25)
     assert drawn.pictures.shape[0] == len(drawn.latents) == 8
     assert 0 <= float(drawn.pictures.min()) < float(drawn.pictures.max()) <= 1
@@ -39,11 +46,8 @@ def test_models_draw_what_is_asked_for(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_models_tell_a_good_method_from_a_bad_one(name: str) -> None:
-    model = MODELS[name]()
-    pipe = model.load()
-    pipe.set_progress_bar_config(disable=True)
-    few = type(model)(**vars(model) | {"calibration": model.calibration[:2]})
-    calibration = Calibration(pipe, few, steps=20)
+    model, pipe = loaded(name)
+    calibration = Calibration(pipe, replace(model, calibration=model.calibration[:2]), steps=20)
     dense, sparse = (
         calibration.quality(on_engine("", TAPConfig(full_steps=full, orders=orders)))[0]
         for full, orders in ((tuple(range(0, 20, 2)), (0, 1)), ((0, 10), (0,)))
@@ -61,9 +65,7 @@ def test_measured_and_calibration_conditions_are_apart() -> None:
 
 @pytest.mark.slow
 def test_distance_of_garments_grows_with_noise() -> None:
-    model = MODELS["fashion"]()
-    pipe = model.load()
-    pipe.set_progress_bar_config(disable=True)
+    model, pipe = loaded("fashion")
     pictures = draw(pipe, model, model.measured[:32], 0, num_inference_steps=25).pictures
     noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
     distances = [

@@ -335,9 +335,19 @@ def test_the_suite_gives_methods_and_budgets(folder: Path, fake: type[FakeBench]
     assert fake.asked[3] == [14, 10, 8, 6]
 
 
+def test_a_folder_without_recipe_takes_the_budgets_of_the_suite(folder: Path, fake: type[FakeBench]) -> None:
+    prompts = folder / "prompts.txt"
+    prompts.write_text("one\ntwo\n")
+    assert run("--model", folder, "--prompts", prompts, "--out", folder).exit_code == 0
+    assert fake.asked[3] == [8]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--dtype", "bfloat16"], "--dtype is for a folder or hub id; emoji has its own"),
+        (["--model", "fashion", "--device", "cpu"], "--device is for a folder or hub id; fashion has its own"),
+        (["--prompts", "TAKEN.py"], "--prompts is for a folder or hub id; emoji has its own"),
         (["--model", "nonsense"], "unknown model 'nonsense': give one of emoji, fashion, sprites"),
         (["--methods", "tap,nonsense"], "unknown method 'nonsense': give a FILE.py or some of tap, "),
         (["--methods", "MISSING.py"], "MISSING.py is no Python file"),

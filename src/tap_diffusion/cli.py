@@ -218,8 +218,9 @@ def _setup(
         from tap_diffusion.bench import recipes
         from tap_diffusion.bench.models import MODELS, any_pipeline
     if recipe is None and (model is None or model in MODELS):
-        if prompt_file is not None:
-            raise UsageError(f"{model or 'emoji'} has prompts of its own; --prompts is for a folder or hub id")
+        for option, given in (("--prompts", prompt_file), ("--dtype", dtype.value), ("--device", device)):
+            if given not in (None, DType.auto.value):
+                raise UsageError(f"{option} is for a folder or hub id; {model or 'emoji'} has its own")
         return MODELS[model or "emoji"](), None
     made = recipes.Recipe(str(model)) if recipe is None else recipes.load(recipe)
     made = replace(made, model=model or made.model)
@@ -251,7 +252,7 @@ def _run_bench(
     model, recipe = setup
     does = SUITES[suite]
     steps = steps or (recipe.steps if recipe else 50)
-    budgets = budgets or list(recipe.budgets if recipe else does.budgets)
+    budgets = budgets or list((recipe and recipe.budgets) or does.budgets)
     for budget in budgets:
         if not 2 <= budget < steps:
             raise UsageError(f"budget {budget} is not between 2 and {steps - 1}, one less than the steps")

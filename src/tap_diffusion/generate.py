@@ -142,10 +142,10 @@ def run(pipe: Any, request: Request, label: str) -> tuple[Tensor, float]:
     return torch.cat(pictures), time.perf_counter() - start
 
 
-def psnr(pictures: Tensor, reference: Tensor) -> list[float]:
-    """Peak signal-to-noise ratio of each picture in [-1, 1], dB."""
-    error = (pictures - reference).square().flatten(1).mean(1)
-    return [float(value) for value in 10 * torch.log10(4 / error)]
+def psnr(pictures: Tensor, reference: Tensor, span: float = 2.0) -> list[float]:
+    """Peak signal-to-noise ratio of each picture or video, dB; ``span`` is the range of values, 2 for [-1, 1]."""
+    error = (pictures.double() - reference.double()).square().flatten(1).mean(1)
+    return [float(value) for value in 10 * torch.log10(span**2 / error)]
 
 
 def generate(

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from tap_diffusion.bench.report import verdict
+from tap_diffusion.bench.report import signed, verdict
 from tap_diffusion.errors import UsageError
 
 Results = dict[str, Any]  # of one model, as results.json holds them
@@ -143,7 +143,7 @@ def _difference(cell: dict[str, Any] | None) -> str:
     low, high = cell["difference_ci"]
     if low == high == 0:
         return "the same"
-    return f"{_MARKS[verdict(cell)]} {_signed(cell['difference_db'])} [{_signed(low)}, {_signed(high)}]"
+    return f"{_MARKS[verdict(cell)]} {signed(cell['difference_db'])} [{signed(low)}, {signed(high)}]"
 
 
 def _fidelity_table(runs: Sequence[Results]) -> str:
@@ -176,10 +176,6 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _bracketed(values: Sequence[float], form: str) -> str:
     mean, low, high = map(form.format, values)
     return f"{mean} [{low}, {high}]"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
 
 
 # --------------------------------------------------------------------------------------------------------------- plots

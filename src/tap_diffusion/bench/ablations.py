@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from tap_diffusion.bench import BASELINE, metrics, truth
 from tap_diffusion.bench.ablation_page import write_page
-from tap_diffusion.bench.bench import Bench, Suite, _whole, _write
+from tap_diffusion.bench.bench import Bench, Suite, write_json, write_whole
 from tap_diffusion.bench.calibration import run
 from tap_diffusion.bench.methods import Method, Setting, Variant, on_engine
 from tap_diffusion.bench.models import MODELS, BenchModel
@@ -204,7 +204,7 @@ class Ablations(Bench):
             self._ask(budget)
         cells = [cell for budget in self.budgets for cell in self._cells(budget)]
         fidelity = [row for budget in self.budgets for row in self._fidelity(budget)]
-        _write(
+        write_json(
             self.out / "results.json",
             {"model": self.model.name, "steps": self.steps, "samples": len(self.measured), "cells": cells,
              "fidelity": fidelity},
@@ -260,7 +260,7 @@ class Ablations(Bench):
                 half, sample = divmod(row["sample"], len(conditions))  # both branches of guidance may be in one batch
                 rows.append(row | {"branch": f"{row['branch']}/{half}", "sample": first + sample})
         file.parent.mkdir(exist_ok=True)
-        _whole(file, lambda partial: pq.write_table(pa.Table.from_pylist(rows), partial))
+        write_whole(file, lambda partial: pq.write_table(pa.Table.from_pylist(rows), partial))
 
     def _fidelity(self, budget: int) -> Iterator[dict[str, Any]]:
         rows = pq.read_table(self.out / "fidelity" / f"{budget}.parquet").to_pylist()

@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median
@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from tap_diffusion import __version__
 from tap_diffusion.bench import BASELINE, metrics
-from tap_diffusion.bench.calibration import Calibration, run
-from tap_diffusion.bench.counting import Counts, counted, flops, live_bytes
+from tap_diffusion.bench.calibration import Calibration, run, run_all
+from tap_diffusion.bench.counting import Counts, flops, live_bytes
 from tap_diffusion.bench.methods import Method, Setting, Variant
 from tap_diffusion.bench.models import BenchModel, Drawn
 from tap_diffusion.demo.sheets import sheet
@@ -77,7 +77,6 @@ class Bench:
         budgets: full evaluations per trajectory.
         out: the folder.
         steps: of the full result.
-        note: told what is going on, one line at a time.
 
     Raises:
         UsageError: the folder holds a run with other settings.
@@ -91,25 +90,33 @@ class Bench:
         budgets: Sequence[int],
         out: Path,
         steps: int = 50,
-        note: Callable[[str], None] = tqdm.write,
     ) -> None:
         self.model, self.methods, self.suite, self.budgets = model, methods, suite, budgets
-        self.out, self.steps, self.note = out, steps, note
+        self.out, self.steps = out, steps
+        self._settle()
         self.pipe = model.load()
         self.pipe.set_progress_bar_config(disable=True)
-        self._settle()
         self.measured = list(model.measured[: suite.samples])
-        tuned_on = BenchModel(**vars(model) | {"calibration": model.calibration[: suite.tuned_on]})
+        tuned_on = replace(model, calibration=model.calibration[: suite.tuned_on])
         self.calibration = Calibration(self.pipe, tuned_on, steps, out / "calibration")
 
     def run(self) -> list[dict[str, Any]]:
-        """Do what is left to do; return the cells and write ``results.json`` and ``samples.parquet``."""
+        """Do what is left to do; return the cells and write ``results.json`` and ``samples.parquet``.
+
+        Raises:
+            UsageError: no method can do any of the budgets on this model.
+        """
         wanted = [(method, budget) for budget in self.budgets for method in self.methods.values()]
         chosen: dict[tuple[str, int], Variant] = {}
         for method, budget in tqdm(wanted, desc="tuning", unit="method"):
             variant = self._tune(method, budget)
             if variant is not None:
                 chosen[method.name, budget] = variant
+        if not chosen:
+            budgets = ", ".join(map(str, self.budgets))
+            raise UsageError(
+                f"none of {', '.join(self.methods)} can do {budgets} full evaluations on {self.model.name}; name others"
+            )
         for (name, budget), variant in tqdm(chosen.items(), desc="measuring", unit="cell"):
             self._measure(self.methods[name], budget, variant)
         self._time(chosen)
@@ -122,21 +129,13 @@ class Bench:
         """The plain pipeline's results."""
         file = self.out / "full.safetensors"
         if not file.exists():
-            drawn = self._draw(None, desc="full results")
+            drawn = self._draw(None, Counts(), "full results")
             save_file({"latents": drawn.latents, "pictures": drawn.pictures}, file)
-            self._show(drawn, "full")
         tensors = load_file(file)
         return Drawn(tensors["latents"], tensors["pictures"])
 
-    def _draw(self, variant: Variant | None, counts: Counts | None = None, desc: str = "") -> Drawn:
-        drawn, size = [], self.model.batch
-        firsts = range(0, len(self.measured), size)
-        for first in tqdm(firsts, desc=desc, leave=False, disable=not desc):
-            with counted(self.pipe, counts):
-                drawn.append(
-                    run(self.pipe, self.model, variant, self.measured[first : first + size], first, self.steps)
-                )
-        return Drawn(torch.cat([d.latents for d in drawn]), torch.cat([d.pictures for d in drawn]))
+    def _draw(self, variant: Variant | None, counts: Counts, desc: str) -> Drawn:
+        return run_all(self.pipe, self.model, variant, self.measured, 0, self.steps, counts, desc)
 
     def _show(self, drawn: Drawn, name: str) -> None:
         """Keep the first samples as a sheet, a row for each video."""
@@ -168,7 +167,7 @@ class Bench:
                     {"schedule": variant.schedule, "psnr_db": quality, "full_steps": full_steps,
                      "settings": variant.settings}
                 )  # fmt: skip
-            _write(file, tried)
+            write_json(file, tried)
         tried = json.loads(file.read_text(encoding="utf-8"))
         if not tried:
             return None
@@ -183,7 +182,7 @@ class Bench:
         if file.exists():
             return
         full, counts = self.full, Counts()
-        drawn = full if variant is None else self._draw(variant, counts, desc=name)
+        drawn = full if variant is None else self._draw(variant, counts, name)
         batches = -(-len(self.measured) // self.model.batch)
         calls = counts.all // batches or self.steps * self.calibration.calls_per_step
         rows: dict[str, Any] = {
@@ -214,7 +213,7 @@ class Bench:
         self._show(drawn, name)
         file.parent.mkdir(exist_ok=True)
         table = pa.table(rows).replace_schema_metadata({"facts": json.dumps(facts)})
-        _whole(file, lambda partial: pq.write_table(table, partial))
+        write_whole(file, lambda partial: pq.write_table(table, partial))
 
     def _costs(self, variant: Variant | None, calls: int) -> dict[str, int]:
         """Floating-point operations of one sample, and the most bytes of tensors that were seen alive at once."""
@@ -249,7 +248,7 @@ class Bench:
                     for cell in group:
                         times.setdefault(_key(cell), []).append((before + after) / 2 / seconds[cell])
                     before = after
-                    _write(file, times)
+                    write_json(file, times)
 
     def _seconds(self, variant: Variant | None) -> float:
         conditions = self.measured[: self.suite.timed]
@@ -263,7 +262,7 @@ class Bench:
         self._measure(None, self.steps, None)
         tables = {file.stem: pq.read_table(file) for file in sorted((self.out / "cells").glob("*.parquet"))}
         joined = pa.concat_tables(tables.values(), promote_options="default")
-        _whole(self.out / "samples.parquet", lambda partial: pq.write_table(joined, partial))
+        write_whole(self.out / "samples.parquet", lambda partial: pq.write_table(joined, partial))
         times = json.loads((self.out / "times.json").read_text(encoding="utf-8"))
         full = tables.pop("full")
         cells = [self._cell("full", "full", self.steps, full, full, None, times)]
@@ -273,7 +272,7 @@ class Bench:
                 table = tables.get(f"{method.name}-{budget}")
                 if table is not None:
                     cells.append(self._cell(method.name, method.kind, budget, table, full, baseline, times))
-        _write(self.out / "results.json", cells)
+        write_json(self.out / "results.json", cells)
         return cells
 
     def _cell(
@@ -340,19 +339,20 @@ class Bench:
                         f" not {settings[name]}; choose another --out"
                     )
         else:
-            _write(file, settings)
+            write_json(file, settings)
 
 
 def _key(cell: tuple[str, int]) -> str:
     return f"{cell[0]}-{cell[1]}"
 
 
-def _write(file: Path, value: Any) -> None:
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON, indented."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    _whole(file, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_whole(file, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def _whole(file: Path, write: Callable[[Path], Any]) -> None:
+def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
     """Write a file so that it is there whole or not at all."""
     partial = file.with_suffix(".partial")
     write(partial)

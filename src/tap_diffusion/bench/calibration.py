@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from tap_diffusion.bench import metrics
 from tap_diffusion.bench.counting import Counts, counted
@@ -66,15 +67,10 @@ class Calibration:
 
     def run(self, variant: Variant | None) -> tuple[Drawn, float]:
         """The calibration samples, and the mean number of full steps; None runs the plain pipeline."""
-        drawn, counts = [], Counts()
-        conditions, size = self.model.calibration, self.model.batch
-        for first in range(0, len(conditions), size):
-            with counted(self.pipe, counts):
-                drawn.append(
-                    run(self.pipe, self.model, variant, conditions[first : first + size], SEED + first, self.steps)
-                )
-        batches = len(drawn)
-        return _joined(drawn), counts.full / self.calls_per_step / batches
+        counts = Counts()
+        drawn = run_all(self.pipe, self.model, variant, self.model.calibration, SEED, self.steps, counts)
+        batches = -(-len(self.model.calibration) // self.model.batch)
+        return drawn, counts.full / self.calls_per_step / batches
 
     def quality(self, variant: Variant) -> tuple[float, float]:
         """Mean PSNR of a variant to the full result, dB, and its mean number of full steps."""
@@ -156,5 +152,13 @@ def run(pipe: Any, model: BenchModel, variant: Variant | None, conditions: Any, 
         return draw(pipe, model, conditions, seed, **{"num_inference_steps": steps} | (change or {}))
 
 
-def _joined(drawn: list[Drawn]) -> Drawn:
+def run_all(
+    pipe: Any, model: BenchModel, variant: Variant | None, conditions: Sequence[Any], seed: int, steps: int,
+    counts: Counts, desc: str = "",
+) -> Drawn:  # fmt: skip
+    """Draw any number of samples, batch by batch, and add to the counts; ``desc`` shows progress under that name."""
+    drawn = []
+    for first in tqdm(range(0, len(conditions), model.batch), desc=desc, leave=False, disable=not desc):
+        with counted(pipe, counts):
+            drawn.append(run(pipe, model, variant, conditions[first : first + model.batch], seed + first, steps))
     return Drawn(torch.cat([d.latents for d in drawn]), torch.cat([d.pictures for d in drawn]))

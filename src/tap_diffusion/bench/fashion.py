@@ -33,6 +33,7 @@ from tap_diffusion.demo.train import (
     ema_weights,
     fast_arithmetic,
     run,
+    write_bf16,
 )
 
 LABELS = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -122,7 +123,7 @@ def train(
 def export(work: Work, to: Annotated[Path, typer.Option(help="Folder to write the pipeline to.")]) -> None:
     """Write the pipeline with the averaged weights, in bf16, as ``PixelDiTPipeline.from_pretrained`` reads it."""
     model: Any = ema_weights(work, "fashion", build())
-    PixelDiTPipeline(model.to(torch.bfloat16), scheduler()).save_pretrained(to)
+    write_bf16(PixelDiTPipeline(model, scheduler()), to)
 
 
 if __name__ == "__main__":

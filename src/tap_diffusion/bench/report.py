@@ -116,7 +116,7 @@ def summary(cells: Sequence[Cell]) -> list[Table]:
                 f"{cell['full_steps']:.4g}",
                 _times(cell["time_speedup"]),
                 f"{cell['psnr_db']:.2f}",
-                f"{_signed(cell['difference_db'])} {_interval(cell['difference_ci'], _signed)} {_MARKS[found][0]}"
+                f"{signed(cell['difference_db'])} {_interval(cell['difference_ci'], signed)} {_MARKS[found][0]}"
                 if compared
                 else _MARKS[found],
                 style=styles.get(found, ""),
@@ -260,8 +260,8 @@ def _row(cell: Cell, scores: Iterable[str], compared: bool) -> str:
     if compared:
         difference = ""
         if "difference_ci" in cell:
-            interval = _interval(cell["difference_ci"], _signed)
-            difference = f'{_signed(cell["difference_db"])} <span class="range">{interval}</span>'
+            interval = _interval(cell["difference_ci"], signed)
+            difference = f'{signed(cell["difference_db"])} <span class="range">{interval}</span>'
         columns += [(difference, cell.get("difference_db"), ""), (_MARKS[found], None, "text verdict")]
     columns += [
         (f"{cell['ssim']:.4f}", cell["ssim"], ""),
@@ -402,7 +402,8 @@ def _interval(ends: Sequence[float], form: Any) -> str:
     return f"[{form(ends[0])}, {form(ends[1])}]"
 
 
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
+    """With its sign, and a minus that is one."""
     return f"{value:+.2f}".replace("-", "−")
 
 

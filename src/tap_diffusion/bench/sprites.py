@@ -41,6 +41,7 @@ from tap_diffusion.demo.train import (
     ema_weights,
     fast_arithmetic,
     run,
+    write_bf16,
 )
 
 FRAMES = 8
@@ -277,9 +278,7 @@ def export(work: Work, to: Annotated[Path, typer.Option(help="Folder to write th
     """Write the pipeline with the averaged weights, in bf16, as ``PixelWanPipeline.from_pretrained`` reads it."""
     pipe = build()
     ema_weights(work, "sprites", trained_part(pipe))
-    pipe.to(torch.bfloat16).save_pretrained(to)
-    size = sum(file.stat().st_size for file in to.rglob("*") if file.is_file())
-    typer.echo(f"{to}: {size / 1e6:.1f} MB")
+    write_bf16(pipe, to)
 
 
 if __name__ == "__main__":

@@ -243,6 +243,13 @@ def ema_weights(work: Path, name: str, model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def write_bf16(pipe: Any, to: Path) -> None:
+    """Write a pipeline in bf16, as its ``from_pretrained`` reads it, and say how large it is."""
+    pipe.to(torch.bfloat16).save_pretrained(to)
+    size = sum(file.stat().st_size for file in to.rglob("*") if file.is_file())
+    typer.echo(f"{to}: {size / 1e6:.1f} MB")
+
+
 def batches(count: int, size: int) -> Iterator[Tensor]:
     """Index batches over shuffled epochs, without end."""
     while True:
@@ -400,9 +407,7 @@ def export(
     """Stage 3: write the pipeline with the averaged weights, in bf16, as ``FluxPipeline.from_pretrained`` reads it."""
     pipe, _, _ = prepare(work, data_folder or work / "data", start)
     ema_weights(work, "transformer", trained_part(pipe))
-    pipe.to(torch.bfloat16).save_pretrained(to)
-    size = sum(file.stat().st_size for file in to.rglob("*") if file.is_file())
-    typer.echo(f"{to}: {size / 1e6:.1f} MB")
+    write_bf16(pipe, to)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ def chebyshev(
     number. Its recommended runs mix in linear extrapolation from the newest two anchors with ``blend`` = 0.5.
 
     Deviations: order 0 is reuse, as in every family; the published code rounds times and coefficients to bfloat16; and
-    it predicts the hidden states after the last block rather than the residual, which matters as λ pulls towards 0.
+    it predicts the hidden states after the last block rather than the residual, which matters as λ pulls towards 0
+    (the bench's Spectrum does so too).
 
     Args:
         order: degree of the series.

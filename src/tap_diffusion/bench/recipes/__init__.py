@@ -22,7 +22,7 @@ class Recipe:
         about: one sentence, for people.
         dtype: to load the weights in.
         steps: of the full result.
-        budgets: full evaluations per trajectory.
+        budgets: full evaluations per trajectory; None takes the suite's.
         batch: samples at a time.
         argument: name of the argument of the pipeline's call that takes the prompts.
         call: further arguments of the pipeline's call.
@@ -34,7 +34,7 @@ class Recipe:
     about: str = ""
     dtype: str = "auto"
     steps: int = 50
-    budgets: list[int] = field(default_factory=lambda: [14, 10, 8, 6])
+    budgets: list[int] | None = None
     batch: int = 1
     argument: str = "prompt"
     call: dict[str, Any] = field(default_factory=dict)
