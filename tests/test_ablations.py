@@ -30,7 +30,7 @@ from tiny import TOKENS, WORDS, build_pipeline, sample
 
 STEPS = 12
 FULL = (0, 1, 2, 5, 9)
-CONFIG = TAPConfig(full_steps=FULL)
+CONFIG = TAPConfig.paper(full_steps=FULL)
 
 
 def tiny_model() -> BenchModel:
@@ -72,7 +72,7 @@ def test_a_shifted_window_predicts_by_taylor_at_the_shifted_horizons() -> None:
     slope, older = (r2 - r1) / 2, (r1 - r0) / 1
     curve = (slope - older) / 2  # over the newest span, as the paper's recursion has it
     for shift in (1, 2, 4):
-        engine = Fixed(TAPConfig(full_steps=(0, 1, 3), orders=(1, 2)), shift)
+        engine = Fixed(TAPConfig.paper(full_steps=(0, 1, 3), orders=(1, 2)), shift)
         for step, residual in ((0, r0), (1, r1), (3, r2)):
             engine.begin(call_at(step))
             engine.record(call_at(step), torch.zeros_like(residual), residual, residual)
@@ -171,7 +171,7 @@ def test_deeper_probes_are_what_the_blocks_of_the_plain_model_add(blocks: int) -
     seen: list[list[Tensor]] = []
     with _outputs_of_blocks(pipe, seen):
         sample(pipe, steps=STEPS)
-    with truth.deep_probe(TAPConfig(full_steps=tuple(range(STEPS - 1))), blocks).applied(pipe):
+    with truth.deep_probe(TAPConfig.paper(full_steps=tuple(range(STEPS - 1))), blocks).applied(pipe):
         found = spied(hooks(pipe)[0].engine, "_features")
         sample(pipe, steps=STEPS)
     assert len(found) == len(seen) == STEPS
@@ -181,10 +181,10 @@ def test_deeper_probes_are_what_the_blocks_of_the_plain_model_add(blocks: int) -
 
 
 def test_an_oracle_sees_the_residual_at_the_current_hidden_states(pipe: Any) -> None:
-    with truth.oracle(TAPConfig(full_steps=tuple(range(STEPS - 1)))).applied(pipe):
+    with truth.oracle(TAPConfig.paper(full_steps=tuple(range(STEPS - 1)))).applied(pipe):
         found = spied(hooks(pipe)[0].engine, "_features")
         sample(pipe, steps=STEPS)
-    with enabled(pipe, TAPConfig(full_steps=tuple(range(STEPS + 1)))):
+    with enabled(pipe, TAPConfig.paper(full_steps=tuple(range(STEPS + 1)))):
         hook = hooks(pipe)[0]
         hook.engine = recorder = _Recorder(hook.engine.config)
         sample(pipe, steps=STEPS)
@@ -300,7 +300,7 @@ def test_fidelity_leaves_the_full_result() -> None:
 
 
 def test_every_ablation_changes_one_thing() -> None:
-    tap = TAPConfig(full_steps=FULL)
+    tap = TAPConfig.paper(full_steps=FULL)
     base = on_engine("paper", tap).settings
     names, same = [], 0
     for ablation in ablations():

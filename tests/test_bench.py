@@ -103,7 +103,7 @@ def test_full_evaluations_are_counted_from_outside() -> None:
     with counted(pipe) as counts:
         draw(pipe, model, WORDS[:1], 0, num_inference_steps=STEPS)
     assert (counts.all, counts.full) == (2 * STEPS, 2 * STEPS)
-    variant = on_engine("", TAPConfig(full_steps=(0, 1, 5, 9)))
+    variant = on_engine("", TAPConfig.paper(full_steps=(0, 1, 5, 9)))
     with variant.applied(pipe), counted(pipe) as counts:
         draw(pipe, model, WORDS[:1], 0, num_inference_steps=STEPS)
     assert (counts.all, counts.full) == (2 * STEPS, 2 * 4)
@@ -113,7 +113,7 @@ def test_flops_of_a_run_fall_with_its_full_steps() -> None:
     pipe, model = build_pipeline(), tiny_model()
     totals = []
     for full in ((0,), (0, 1), (0, 1, 2)):
-        with on_engine("", TAPConfig(full_steps=full, orders=(0,))).applied(pipe), flops() as counter:
+        with on_engine("", TAPConfig.paper(full_steps=full, orders=(0,))).applied(pipe), flops() as counter:
             draw(pipe, model, WORDS[:1], 0, num_inference_steps=4)
         totals.append(counter.get_total_flops())
     assert totals[1] - totals[0] == totals[2] - totals[1] > 0
@@ -183,8 +183,12 @@ def setting(calibration: Calibration, budget: int) -> Any:
 
 
 def test_every_schedule_has_no_more_full_steps_than_the_budget() -> None:
+    calibration = Calibration(build_pipeline(), tiny_model(), 50)
     for budget in (14, 10, 8, 6, 3):
-        for full in [*schedules(50, budget).values(), *growing(50, budget).values()]:
+        for full in [
+            *schedules(setting(calibration, budget)).values(),
+            *growing(50, budget).values(),
+        ]:
             assert len(full) <= budget
             assert full[0] == 0
     assert growing(50, 14)["growing windows after 5"][:6] == (0, 1, 2, 3, 4, 6)
@@ -209,7 +213,7 @@ def test_a_threshold_is_found_for_a_budget() -> None:
 
     def of(threshold: float) -> Variant:
         full = tuple(range(0, STEPS, max(1, round(threshold))))
-        return on_engine(f"{threshold}", TAPConfig(full_steps=full, orders=(0,)))
+        return on_engine(f"{threshold}", TAPConfig.paper(full_steps=full, orders=(0,)))
 
     threshold = calibration.threshold("test", of, budget=4, low=1.0, high=12.0)
     assert calibration.run(of(threshold))[1] == 4
@@ -260,7 +264,7 @@ def test_a_run_measures_what_it_says(tmp_path: Path) -> None:
     assert row["psnr_db"] == pytest.approx(float(metrics.psnr(few.pictures, full.pictures)[0]), abs=1e-3)
     assert row["condition"] == WORDS[2]
     tried = json.loads((tmp_path / "tuning" / "fora-4.json").read_text())
-    assert {entry["schedule"] for entry in tried} == {"paper", "even", "even after 2"}
+    assert {entry["schedule"] for entry in tried} == {"paper", "even", "even after 2", "even on the clock"}
     best = max(tried, key=lambda entry: entry["psnr_db"])
     assert cells["fora"]["schedule"] == best["schedule"]
 

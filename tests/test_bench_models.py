@@ -49,7 +49,7 @@ def test_models_tell_a_good_method_from_a_bad_one(name: str) -> None:
     model, pipe = loaded(name)
     calibration = Calibration(pipe, replace(model, calibration=model.calibration[:2]), steps=20)
     dense, sparse = (
-        calibration.quality(on_engine("", TAPConfig(full_steps=full, orders=orders)))[0]
+        calibration.quality(on_engine("", TAPConfig.paper(full_steps=full, orders=orders)))[0]
         for full, orders in ((tuple(range(0, 20, 2)), (0, 1)), ((0, 10), (0,)))
     )
     assert dense > sparse + 6

@@ -134,7 +134,7 @@ def dicache_by_hand(error: Error, first: int) -> Callable[[Script, float], Expec
 
 
 def dicache(error: Error, first: int) -> Callable[[float], Engine]:
-    config = TAPConfig(
+    config = TAPConfig.paper(
         full_steps=(*range(first), STEPS - 1), orders=(1,), horizon_span=0.0, probe="first_block",
     )  # fmt: skip
     return lambda threshold: DiCacheEngine(config, threshold, error)
@@ -143,13 +143,13 @@ def dicache(error: Error, first: int) -> Callable[[float], Engine]:
 RIVALS: dict[str, tuple[Callable[[float], Engine], Callable[[Script, float], Expected]]] = {
     "teacache": (
         lambda threshold: TeaCacheEngine(
-            TAPConfig(full_steps=(0, STEPS - 1), orders=(0,)), threshold, COEFFICIENTS
+            TAPConfig.paper(full_steps=(0, STEPS - 1), orders=(0,)), threshold, COEFFICIENTS
         ),
         teacache_by_hand,
     ),
     "first-block-cache": (
         lambda threshold: FirstBlockCacheEngine(
-            TAPConfig(full_steps=(0,), orders=(0,), probe="first_block"), threshold
+            TAPConfig.paper(full_steps=(0,), orders=(0,), probe="first_block"), threshold
         ),
         first_block_by_hand,
     ),

@@ -76,10 +76,13 @@ def test_options_make_the_configuration(model: Path, tmp_path: Path) -> None:
     cases: list[tuple[list[Any], TAPConfig]] = [
         (["--paper", "--interval", 5], TAPConfig.paper(5)),
         (["--config", tmp_path / "tap.json", "--warmup", 2], TAPConfig(interval=7, warmup=2, orders=(0, 1), loss="l2")),
+        (["--config", tmp_path / "tap.json", "--speedup", 3], TAPConfig(speedup=3.0, orders=(0, 1), loss="l2")),
+        (["--paper"], TAPConfig.paper(6)),
+        (["--paper", "--full-steps", 4], TAPConfig.paper(full_steps=4)),
         ([], TAPConfig()),
     ]
     for arguments, expected in cases:
-        result = run("red apple", "--model", model, "--steps", 5, "--out", tmp_path / "out", *arguments)
+        result = run("red apple", "--model", model, "--steps", 8, "--out", tmp_path / "out", *arguments)
         assert result.exit_code == 0, result.output
         report = json.loads((tmp_path / "out" / "report.json").read_text())
         assert TAPConfig.from_dict(report["config"]) == expected
@@ -92,9 +95,12 @@ def test_options_make_the_configuration(model: Path, tmp_path: Path) -> None:
         (["--model", "somebody/something"], "the hub could not be reached to load 'somebody/something'"),
         (["--model", "EMPTY"], "holds no pipeline: it has no model_index.json"),
         (["--model", "BROKEN"], "could not load"),
-        (["--interval", 0], "TAPConfig.interval is 0; it must be an integer of at least 1"),
-        (["--warmup", 0], "TAPConfig.warmup is 0"),
-        (["--warmup", 9, "--steps", 8], "warmup is 9, more than the 8 steps"),
+        (["--interval", 0], "TAPConfig.interval is 0; it must be None or an integer of at least 1"),
+        (["--warmup", 0, "--paper"], "TAPConfig.warmup is 0"),
+        (["--warmup", 9, "--steps", 8, "--interval", 2], "warmup is 9, more than the 8 steps"),
+        (["--warmup", 2], "--warmup goes with --interval"),
+        (["--speedup", 0.5], "TAPConfig.speedup is 0.5; it must be a number ≥ 1"),
+        (["--speedup", 5, "--full-steps", 4], "speedup and full_steps both say how many steps are full"),
         (["--prompts", "EMPTY.txt"], "is empty"),
         (["--prompts", "MISSING.txt"], "can't read the prompt file MISSING.txt: [Errno 2]"),
         (["--config", "MISSING.json"], "can't read the configuration"),

@@ -14,9 +14,13 @@ from tap_diffusion.predictors import FAMILIES
 
 def test_paper_is_the_paper() -> None:
     assert TAPConfig.paper(interval=8).to_dict() == {
+        "speedup": 5.0,
+        "full_steps": None,
         "interval": 8,
         "warmup": 3,
-        "full_steps": None,
+        "steps": None,
+        "clock": "step",
+        "hindsight": 0.0,
         "family": "taylor",
         "orders": [0, 1, 2],
         "history": None,
@@ -36,6 +40,16 @@ def test_paper_is_the_paper() -> None:
         ("interval", 2.5, "integer"),
         ("interval", True, "integer"),
         ("warmup", 0, "at least 1"),
+        ("speedup", 0.9, "≥ 1"),
+        ("speedup", float("inf"), "≥ 1"),
+        ("full_steps", 0, "at least 1"),
+        ("full_steps", True, "at least 1"),
+        ("full_steps", (), "starts with 0"),
+        ("full_steps", (1, 2), "starts with 0"),
+        ("full_steps", (0, 2, 2), "rising"),
+        ("steps", 0, "at least 1"),
+        ("clock", "sigma", "noise, step"),
+        ("hindsight", -0.1, "from 0 to 2"),
         ("family", "fourier", "taylor, newton"),
         ("orders", (), "non-empty"),
         ("orders", (0, 0), "distinct"),
@@ -68,7 +82,11 @@ def test_a_bad_value_is_named_with_what_is_allowed(field: str, value: Any, allow
 @given(
     st.builds(
         TAPConfig,
-        interval=st.integers(1, 50),
+        speedup=st.floats(1, 50),
+        full_steps=st.none() | st.integers(1, 50) | st.sets(st.integers(1, 49)).map(lambda s: (0, *sorted(s))),
+        steps=st.none() | st.integers(1, 50),
+        clock=st.sampled_from(["noise", "step"]),
+        hindsight=st.floats(0, 2),
         warmup=st.integers(1, 50),
         family=st.sampled_from(list(FAMILIES)),
         orders=st.lists(st.integers(0, 8), min_size=1, max_size=4, unique=True).map(tuple),
@@ -123,3 +141,23 @@ def test_anchors_are_those_of_the_largest_order_or_the_history() -> None:
     assert TAPConfig(orders=(0, 3)).anchors == 4
     assert TAPConfig(orders=(0, 3), history=4).anchors == 4
     assert TAPConfig(orders=(4,), family="chebyshev", history=14).anchors == 14
+
+
+def test_the_paper_with_changes() -> None:
+    changed = TAPConfig.paper(full_steps=(0, 5), orders=(1,))
+    assert (changed.interval, changed.full_steps, changed.orders) == (None, (0, 5), (1,))
+    assert changed.hindsight == 0
+    assert TAPConfig.paper() == TAPConfig.paper(6)
+
+
+def test_two_schedules_at_once_are_refused() -> None:
+    with pytest.raises(ConfigError, match="interval is 4; it must be None where full_steps are given"):
+        TAPConfig(interval=4, full_steps=8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "predicts"),
+    [({}, True), ({"speedup": 1}, False), ({"interval": 1}, False), ({"interval": 2}, True), ({"full_steps": 3}, True)],
+)
+def test_whether_anything_is_predicted(changes: dict[str, Any], predicts: bool) -> None:
+    assert TAPConfig(**changes).predicts is predicts

@@ -178,7 +178,7 @@ def test_choices_sheet_colours_each_token_by_its_choice() -> None:
 def test_choices_belong_to_the_last_batch(tmp_path: Path) -> None:
     pipe = build_pipeline()
     request = Request(["red apple", "blue book", "green frog face"], steps=8, batch_size=2)
-    result = generate(pipe, "tiny", request, TAPConfig(interval=3), tmp_path)
+    result = generate(pipe, "tiny", request, TAPConfig.paper(interval=3), tmp_path)
     assert result["predicted_steps"] == 4
     assert (tmp_path / "choices.png").exists()
     assert json.loads((tmp_path / "report.json").read_text())["batch_size"] == 2

@@ -16,7 +16,7 @@ from tap_diffusion.predictors import candidates, chebyshev
 from tap_diffusion.tracking import Call
 
 SHAPE = (2, 4, 3)
-CONFIG = TAPConfig(interval=4)
+CONFIG = TAPConfig.paper(interval=4)
 
 
 def call(step: int, branch: str = "a", last: bool = False) -> Call:
@@ -75,7 +75,7 @@ def test_runs_the_schedule() -> None:
 
 def test_prediction_is_that_of_the_best_candidate() -> None:
     """Residuals are minus the probe features, so the right choice can be worked out from them alone."""
-    driver = Driver(TAPConfig(interval=4, loss="l2", horizon_span=0)).run(4)
+    driver = Driver(TAPConfig.paper(interval=4, loss="l2", horizon_span=0)).run(4)
     _, weights = candidates("taylor", (0, 1, 2), 0, 1, [2, 1, 0], 3)
     predictions = torch.einsum(
         "kh,hbnd->kbnd", torch.from_numpy(weights).float(), torch.stack([features(i) for i in (2, 1, 0)])
@@ -110,7 +110,7 @@ def test_an_overflowing_prediction_makes_the_step_full() -> None:
     """float16: the anchors are finite, the extrapolation is not."""
     big = {i: torch.full(SHAPE, 2.0**14 * (i + 1), dtype=torch.float16) for i in range(3)}
     half = {i: torch.zeros(SHAPE, dtype=torch.float16) for i in range(12)}
-    driver = Driver(TAPConfig(interval=4, orders=(2,), horizon_span=0))
+    driver = Driver(TAPConfig.paper(interval=4, orders=(2,), horizon_span=0))
     driver.run(stream=half, residual=big | {i: half[0] for i in range(3, 12)}, probe=half)
     assert driver.full[:4] == [0, 1, 2, 3]
     assert driver.engine.report.fallbacks == {"non-finite values": 1}
@@ -176,13 +176,13 @@ def test_memory_is_freed_at_the_last_step() -> None:
 
 
 def test_interval_one_keeps_nothing() -> None:
-    driver = Driver(TAPConfig(interval=1)).run(ends=False)
+    driver = Driver(TAPConfig.paper(interval=1)).run(ends=False)
     assert driver.full == list(range(12))
     assert driver.engine.report.cache_bytes == 0
 
 
 def test_one_candidate_needs_no_probe() -> None:
-    engine = Engine(TAPConfig(interval=4, orders=(1,), horizon_span=0))
+    engine = Engine(TAPConfig.paper(interval=4, orders=(1,), horizon_span=0))
 
     def never() -> Tensor:
         raise AssertionError("the probe ran")
@@ -197,7 +197,7 @@ def test_one_candidate_needs_no_probe() -> None:
 
 def test_a_longer_history_reaches_the_predictor() -> None:
     engine = Engine(
-        TAPConfig(
+        TAPConfig.paper(
             interval=2, warmup=5, family="chebyshev", orders=(2,), horizon_span=0, history=6, cache_dtype="float32"
         )
     )
@@ -213,7 +213,7 @@ def test_a_longer_history_reaches_the_predictor() -> None:
 
 def test_a_branch_that_begins_late_runs_in_full_and_says_so() -> None:
     """Guidance from some step on, as skip-layer guidance has it."""
-    engine = Engine(TAPConfig(interval=4, warmup=2, orders=(0,)))
+    engine = Engine(TAPConfig.paper(interval=4, warmup=2, orders=(0,)))
     full: dict[str, list[int]] = {"cond": [], "late": []}
     for step in range(6):
         for branch in full if step >= 3 else ["cond"]:

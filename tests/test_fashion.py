@@ -67,7 +67,7 @@ def test_a_picture_does_not_depend_on_its_batch(pipe: PixelDiTPipeline) -> None:
 def test_with_tap(pipe: PixelDiTPipeline, scheduler: str, guidance: float) -> None:
     pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
     plain = sample(pipe, [1, 7], guidance_scale=guidance)
-    with tap.enabled(pipe, tap.TAPConfig(interval=4)):
+    with tap.enabled(pipe, tap.TAPConfig.paper(interval=4)):
         accelerated = sample(pipe, [1, 7], guidance_scale=guidance)
         report = tap.report(pipe)
         assert (report.steps, report.full_steps) == (12, len(full_steps(12, 4, 3)))

@@ -13,7 +13,7 @@ from torch import Tensor
 import tap_diffusion as tap
 from zoo import CASES, Conditions, build, start
 
-CONFIG = tap.TAPConfig(interval=4, warmup=2, orders=(0,), horizon_span=0)
+CONFIG = tap.TAPConfig.paper(interval=4, warmup=2, orders=(0,), horizon_span=0)
 Step = Callable[[Tensor, float], Tensor]
 
 

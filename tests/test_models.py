@@ -102,7 +102,7 @@ class DiT(nn.Module):
 
 
 class TestModuleOutsideDiffusers:
-    CONFIG = tap.TAPConfig(interval=4)
+    CONFIG = tap.TAPConfig.paper(interval=4)
 
     @pytest.fixture
     def dit(self) -> DiT:

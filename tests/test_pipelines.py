@@ -16,7 +16,7 @@ import tap_diffusion as tap
 from tap_diffusion.schedule import full_steps
 from tiny import engine_of
 from zoo import build
-from zoo.checks import CONFIG
+from zoo.checks import CONFIG, INTERVAL, WARMUP
 
 pytestmark = pytest.mark.slow
 
@@ -157,10 +157,19 @@ def test_pipeline(name: str) -> None:
         report = tap.report(pipe)
         steps = len(pipe.scheduler.timesteps)
         assert report.steps == steps
-        assert report.full_calls == setup.branches * len(full_steps(steps, CONFIG.interval, CONFIG.warmup))
+        assert report.full_calls == setup.branches * len(full_steps(steps, INTERVAL, WARMUP))
         assert len(report.calls) == setup.branches * steps
         assert not report.fallbacks
         assert engine_of(pipe.transformer).cache_bytes == 0
         assert torch.equal(sample(), accelerated)
+    with tap.enabled(pipe, tap.TAPConfig(full_steps=6)):
+        recommended = sample()
+        report = tap.report(pipe)
+        assert report.full_calls == setup.branches * 6
+        assert not report.fallbacks
+        assert engine_of(pipe.transformer).cache_bytes == 0
+        assert torch.equal(sample(), recommended)
+    assert recommended.isfinite().all()
+    assert not torch.equal(recommended, accelerated)
     assert not torch.equal(accelerated, plain)
     assert torch.equal(sample(), plain)

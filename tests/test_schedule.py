@@ -1,13 +1,14 @@
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tap_diffusion.schedule import even_steps, full_steps, growing_steps, paper_steps
+from tap_diffusion import ConfigError, TAPConfig
+from tap_diffusion.schedule import FEWEST, clock_steps, even_steps, full_steps, growing_steps, paper_steps, plan
 
 
 @pytest.mark.parametrize(("interval", "count"), [(4, 14), (6, 10), (8, 8)])
@@ -103,3 +104,48 @@ def test_even_windows_differ_by_a_step_at_most(data: st.DataObject) -> None:
     windows = [b - a for a, b in pairwise(full[warmup - 1 :])]
     assert max(windows) - min(windows) <= 1
     assert min(windows) >= 1
+
+
+# ------------------------------------------------------------------------------------------------------- on the clock
+
+
+@given(st.lists(st.floats(0.01, 10), min_size=1, max_size=60), st.integers(1, 70))
+def test_clock_steps_are_as_many_as_wanted_from_the_first_to_the_last_but_one(gaps: list[float], count: int) -> None:
+    clock = list(accumulate(gaps))
+    full = clock_steps(clock, count)
+    assert len(full) == min(count, len(clock))
+    assert full[0] == 0
+    assert all(a < b for a, b in pairwise(full))
+    if 1 < count <= len(clock) - 2:
+        assert full[-1] == len(clock) - 2
+
+
+def test_clock_steps_are_the_nearest() -> None:
+    clock = [step**2 for step in range(12)]  # wanted at 0, 25, 50, 75, 100
+    assert clock_steps(clock, 5) == (0, 5, 7, 9, 10)
+
+
+def test_even_on_a_clock_that_counts_steps() -> None:
+    assert clock_steps(range(50), 8) == (0, 7, 14, 21, 27, 34, 41, 48)
+
+
+def test_a_plan_by_each_of_its_three_names() -> None:
+    def full(config: TAPConfig, steps: int | None = 50) -> list[int]:
+        is_full = plan(config, steps, None)
+        return [step for step in range(50) if is_full(step)]
+
+    assert full(TAPConfig(interval=8)) == full_steps(50, 8, 3)
+    assert full(TAPConfig(full_steps=(0, 3, 20))) == [0, 3, 20]
+    assert full(TAPConfig(full_steps=8)) == [0, 7, 14, 21, 27, 34, 41, 48]
+    assert full(TAPConfig(speedup=6.25)) == full(TAPConfig(full_steps=8))
+    assert len(full(TAPConfig(speedup=50))) == FEWEST
+    assert full(TAPConfig(speedup=4), None) == full_steps(50, 4, 3)  # nobody knows the steps
+    assert full(TAPConfig(full_steps=5, steps=20), None) == [0, 4, 9, 13, 18, *range(20, 50)]  # nor does the user
+    with pytest.raises(ConfigError, match=r"8 full steps are asked for.*TAPConfig\(steps="):
+        plan(TAPConfig(full_steps=8), None, None)
+
+
+def test_few_steps_leave_few_to_predict() -> None:
+    for steps, count in ((4, 4), (6, 6), (8, 6), (28, 6), (50, 10)):
+        is_full = plan(TAPConfig(), steps, None)
+        assert sum(map(is_full, range(steps))) == count

@@ -110,7 +110,7 @@ def test_with_tap(pipe: PixelWanPipeline, scheduler: str, guidance: float) -> No
         pipe.scheduler = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
     plain = sample(pipe, PROMPTS, guidance_scale=guidance)
     calls = count_calls(pipe.transformer.blocks[1])
-    with tap.enabled(pipe, tap.TAPConfig(interval=4, warmup=2)):
+    with tap.enabled(pipe, tap.TAPConfig.paper(interval=4, warmup=2)):
         accelerated = sample(pipe, PROMPTS, guidance_scale=guidance)
         full = len(full_steps(12, 4, 2))
         assert calls[0] == full * (2 if guidance > 1 else 1)

@@ -23,7 +23,7 @@ import tap_diffusion as tap
 from tap_diffusion.schedule import full_steps
 from tiny import engine_of, interrupt_at
 from zoo import CASES, Conditions, build, denoise, evaluate, start
-from zoo.checks import A_LITTLE_LATER, CONFIG, REUSE
+from zoo.checks import A_LITTLE_LATER, CONFIG, INTERVAL, REUSE, WARMUP
 
 pytestmark = pytest.mark.slow
 FAMILIES = pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel"])
@@ -230,7 +230,7 @@ def test_inference_mode(name: str) -> None:
 def test_overflow_in_float16(name: str) -> None:
     """Promise 5: what overflows on a predicted step runs in full instead, and is counted."""
     model, case = build(name).half(), CASES[name]
-    tap.enable(model, tap.TAPConfig(interval=4, warmup=2, orders=(1,), horizon_span=0))
+    tap.enable(model, tap.TAPConfig.paper(interval=4, warmup=2, orders=(1,), horizon_span=0))
     z, conditions = start(case, dtype=torch.float16), Conditions(100, 1, torch.float16)
     for step in range(4):
         if step == 3:
@@ -287,7 +287,7 @@ def test_controlnet_in_qwen_image_and_sd3() -> None:
     ):
         model, case, conditions = build(name), CASES[name], Conditions(0, 1, torch.float32)
         added = [torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-        tap.enable(model, tap.TAPConfig(interval=2, warmup=1, orders=(0,), horizon_span=0))
+        tap.enable(model, tap.TAPConfig.paper(interval=2, warmup=1, orders=(0,), horizon_span=0))
         outputs = []
         for t in (0.7, 0.7 * (1 - 1e-5)):
             inputs = case.inputs(start(case), torch.full((1,), t), conditions.step()) | {argument: added}
@@ -427,7 +427,7 @@ class TestSchedulersAndGuidance:
             first = self.sample(pipe, 12)
             report = tap.report(pipe)
             assert report.steps == len(pipe.scheduler.timesteps) == 23
-            assert report.full_steps == len(full_steps(23, CONFIG.interval, CONFIG.warmup))
+            assert report.full_steps == len(full_steps(23, INTERVAL, WARMUP))
             assert engine_of(pipe.transformer).cache_bytes == 0
             assert torch.equal(self.sample(pipe, 12), first)
         assert 0 < (first - plain).norm() / plain.norm() < 0.5
@@ -435,9 +435,9 @@ class TestSchedulersAndGuidance:
     def test_a_distilled_schedule_of_four_steps(self, pipe: Any) -> None:
         """Nothing can be skipped, and TAP says so; with a single warm-up step something can."""
         plain = self.sample(pipe, 4)
-        with tap.enabled(pipe, tap.TAPConfig(warmup=4)), pytest.warns(tap.TAPWarning, match="a smaller warmup"):
+        with tap.enabled(pipe, tap.TAPConfig.paper(warmup=4)), pytest.warns(tap.TAPWarning, match="a smaller warmup"):
             assert torch.equal(self.sample(pipe, 4), plain)
-        with tap.enabled(pipe, tap.TAPConfig(warmup=1, interval=2)):
+        with tap.enabled(pipe, tap.TAPConfig.paper(warmup=1, interval=2)):
             self.sample(pipe, 4)
             assert tap.report(pipe).predicted_steps == 2
 
@@ -452,7 +452,7 @@ class TestSchedulersAndGuidance:
         with tap.enabled(pipe, CONFIG):
             accelerated = self.sample(pipe, **layers)
             report = tap.report(pipe)
-            assert report.full_steps == len(full_steps(20, CONFIG.interval, CONFIG.warmup))
+            assert report.full_steps == len(full_steps(20, INTERVAL, WARMUP))
             assert not report.fallbacks
             assert torch.equal(self.sample(pipe, **layers), accelerated)
             assert engine_of(pipe.transformer).cache_bytes == 0

@@ -83,14 +83,16 @@ def generate(
     height: Annotated[int | None, _option("Sampling", help="In pixels.", default="the model's own", min=1)] = None,
     width: Annotated[int | None, _option("Sampling", help="In pixels.", default="the model's own", min=1)] = None,
     batch_size: Annotated[int, _option("Sampling", help="Pictures generated at a time.", min=1)] = 8,
+    speedup: Annotated[
+        float | None,
+        _option("Method", "--speedup", "-x", help="Steps for each full one.", default=f"{TAPConfig.speedup:g}"),
+    ] = None,
+    full_steps: Annotated[int | None, _option("Method", help="How many steps are full, instead.")] = None,
     interval: Annotated[
-        int | None,
-        _option(
-            "Method", "--interval", "-n", help="One step in this many is full; 1: all.", default=str(TAPConfig.interval)
-        ),
+        int | None, _option("Method", "--interval", "-n", help="The paper's: one step in this many is full; 1: all.")
     ] = None,
     warmup: Annotated[
-        int | None, _option("Method", help="Full steps at the start.", default=str(TAPConfig.warmup))
+        int | None, _option("Method", help="Full steps at the start, with an interval.", default=str(TAPConfig.warmup))
     ] = None,
     paper: Annotated[bool, _option("Method", "--paper", help="Exactly the paper's settings.")] = False,
     config_file: Annotated[
@@ -104,12 +106,12 @@ def generate(
 ) -> None:
     """Generate pictures with TAP, beside those of the plain model if wanted.
 
-    Example: tap generate "red apple" "green frog face" --interval 8 --compare
+    Example: tap generate "red apple" "green frog face" --speedup 5 --compare
     """
     try:
         wanted = _prompts(prompts or [], prompt_file)
-        config = _config(config_file, paper, interval, warmup)
-        if config.warmup > steps:
+        config = _config(config_file, paper, speedup=speedup, full_steps=full_steps, interval=interval, warmup=warmup)
+        if config.interval is not None and config.warmup > steps:
             raise UsageError(f"warmup is {config.warmup}, more than the {steps} steps")
         _make_writable(out)
         with console.status("importing diffusers"):
@@ -348,15 +350,21 @@ def _failed(error: Exception) -> typer.Exit:
     return typer.Exit(2)
 
 
-def _config(file: Path | None, paper: bool, interval: int | None, warmup: int | None) -> TAPConfig:
+def _config(file: Path | None, paper: bool, **options: Any) -> TAPConfig:
     try:
         config = TAPConfig.load(file) if file is not None else TAPConfig()
     except OSError as error:
         raise UsageError(f"can't read the configuration {file}: {error}") from error
-    if paper:
-        config = TAPConfig.paper(config.interval)
-    given = {"interval": interval, "warmup": warmup}
-    return TAPConfig.from_dict(config.to_dict() | {name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in options.items() if value is not None}
+    schedules = [name for name in ("speedup", "full_steps", "interval") if name in given]
+    if len(schedules) > 1:
+        raise UsageError(f"{schedules[0]} and {schedules[1]} both say how many steps are full; give one of them")
+    base = TAPConfig.paper(config.interval) if paper else config
+    others = dict.fromkeys(("full_steps", "interval")) if schedules else {}
+    config = TAPConfig.from_dict(base.to_dict() | others | given)
+    if "warmup" in given and config.interval is None:
+        raise UsageError("--warmup goes with --interval; without one the full steps are evenly spaced")
+    return config
 
 
 def _placement(dtype: DType, device: str | None) -> tuple[torch.dtype, str]:

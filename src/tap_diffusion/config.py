@@ -12,12 +12,12 @@ from typing import Any, Literal, get_args
 
 from tap_diffusion.errors import ConfigError
 from tap_diffusion.predictors import FAMILIES
-from tap_diffusion.schedule import is_full_step
 
 Loss = Literal["cosine", "l2", "relative_l2", "l1"]
 Granularity = Literal["token", "sample", "batch"]
 Probe = Literal["modulated_input", "first_block"]
 CacheDType = Literal["model", "float32", "bfloat16", "float16"]
+Clock = Literal["noise", "step"]
 
 MAX_ORDER = 8
 MAX_HISTORY = 64
@@ -27,11 +27,23 @@ MAX_HISTORY = 64
 class TAPConfig:
     """How TAP accelerates a model. Every field is validated on construction.
 
+    The defaults are the recommended settings, which go beyond the paper (docs/beyond.md); :meth:`paper` is the paper.
+
     Args:
-        interval: after the warm-up, one step in this many is full (N of the paper). 1: every step is full.
-        warmup: full steps at the start of each trajectory.
-        full_steps: exactly these steps are full, counted from the start of the trajectory, in place of ``interval``
-            and ``warmup``. The first step must be among them.
+        speedup: steps for each full one, where neither ``full_steps`` nor ``interval`` is given. At least 6 steps
+            are full, or all where there are fewer.
+        full_steps: how many steps of a trajectory are full, evenly spaced on the ``clock``; or exactly which, counted
+            from its start, the first among them.
+        interval: the paper's N: after the ``warmup`` one step in this many is full; 1: every step.
+        warmup: full steps at the start of each trajectory, with ``interval``.
+        steps: length of a trajectory, for a transformer by itself, whose scheduler TAP doesn't know. Without it
+            ``speedup`` means an ``interval`` of as much, rounded.
+        clock: time in which predictors extrapolate, and on which full steps are evenly spaced: the ``step``, as in
+            the paper, or what the scheduler's ``noise`` says about the pace at which features change
+            (:attr:`Timeline.clock <tap_diffusion.timeline.Timeline.clock>`); the step where it says nothing.
+        hindsight: share of the error of the predicted steps that the next full step makes up for
+            (:meth:`Timeline.hindsight <tap_diffusion.timeline.Timeline.hindsight>`): 1 all, 0 nothing, as in the
+            paper. It costs another predicted step at each full step, and needs to know the scheduler.
         family: predictors to choose from, a key of :data:`tap_diffusion.predictors.FAMILIES`.
         orders: orders of the candidates. Order 0 reuses the newest anchor; order m needs m + 1 anchors. With a
             single order and ``horizon_span=0`` nothing is left to choose: a fixed predictor, and no probe runs.
@@ -53,13 +65,17 @@ class TAPConfig:
         ConfigError: a value is not allowed.
     """
 
-    interval: int = 6
+    speedup: float = 5.0
+    full_steps: int | tuple[int, ...] | None = None
+    interval: int | None = None
     warmup: int = 3
-    full_steps: tuple[int, ...] | None = None
-    family: str = "taylor"
+    steps: int | None = None
+    clock: Clock = "noise"
+    hindsight: float = 1.0
+    family: str = "newton"
     orders: tuple[int, ...] = (0, 1, 2)
     history: int | None = None
-    horizon_span: float = 4.0
+    horizon_span: float = 0.0
     horizon_step: float = 1.0
     loss: Loss = "cosine"
     granularity: Granularity = "token"
@@ -70,19 +86,23 @@ class TAPConfig:
         for name in ("orders", "full_steps"):
             if isinstance(value := getattr(self, name), list):  # what JSON makes of a tuple
                 object.__setattr__(self, name, tuple(value))
-        self._require("interval", _is_int(self.interval) and self.interval >= 1, "an integer of at least 1")
-        self._require("warmup", _is_int(self.warmup) and self.warmup >= 1, "an integer of at least 1")
+        self._require("speedup", _is_number(self.speedup) and self.speedup >= 1, "a number ≥ 1")
+        full = self.full_steps
         self._require(
             "full_steps",
-            self.full_steps is None
-            or (
-                isinstance(self.full_steps, tuple)
-                and all(_is_int(step) for step in self.full_steps)
-                and self.full_steps[:1] == (0,)
-                and all(a < b for a, b in pairwise(self.full_steps))
-            ),
-            "None or a tuple of rising integers that starts with 0",
+            full is None or _is_schedule(full) or (_is_int(full) and not isinstance(full, tuple) and full >= 1),
+            "None, an integer of at least 1, or a tuple of rising integers that starts with 0",
         )
+        self._require(
+            "interval",
+            self.interval is None or (_is_int(self.interval) and self.interval >= 1),
+            "None or an integer of at least 1",
+        )
+        self._require("interval", self.interval is None or self.full_steps is None, "None where full_steps are given")
+        self._require("warmup", _is_int(self.warmup) and self.warmup >= 1, "an integer of at least 1")
+        self._require("steps", self.steps is None or (_is_int(self.steps) and self.steps >= 1), "None or at least 1")
+        self._require("clock", self.clock in get_args(Clock), _one_of(get_args(Clock)))
+        self._require("hindsight", _is_number(self.hindsight) and 0 <= self.hindsight <= 2, "a number from 0 to 2")
         self._require("family", self.family in FAMILIES, _one_of(FAMILIES))
         self._require(
             "orders",
@@ -115,23 +135,27 @@ class TAPConfig:
             raise ConfigError(f"TAPConfig.{field} is {getattr(self, field)!r}; it must be {allowed}")
 
     @classmethod
-    def paper(cls, interval: int) -> TAPConfig:
-        """Exactly the paper: 3 warm-up steps, Taylor orders 0 to 2, λ = 4, δ = 1, cosine, per token."""
-        return cls(
-            interval=interval, warmup=3, family="taylor", orders=(0, 1, 2), horizon_span=4.0, horizon_step=1.0,
-            loss="cosine", granularity="token", probe="modulated_input",
-        )  # fmt: skip
+    def paper(cls, interval: int | None = None, **changes: Any) -> TAPConfig:
+        """The paper's settings: 3 warm-up steps, Taylor orders 0 to 2, λ = 4, δ = 1, cosine, per token.
 
-    def is_full(self, step: int) -> bool:
-        """Whether a step of the trajectory is a full one."""
-        if self.full_steps is not None:
-            return step in self.full_steps
-        return is_full_step(step, self.interval, self.warmup)
+        Args:
+            interval: N, by default 6, or None where ``changes`` name the ``full_steps``.
+            changes: fields that are to differ from the paper.
+        """
+        if interval is None and "full_steps" not in changes:
+            interval = 6
+        settings = dict(
+            interval=interval, warmup=3, clock="step", hindsight=0.0, family="taylor", orders=(0, 1, 2),
+            horizon_span=4.0, horizon_step=1.0, loss="cosine", granularity="token", probe="modulated_input",
+        )  # fmt: skip
+        return cls(**settings | changes)
 
     @property
     def predicts(self) -> bool:
         """Whether any step of a trajectory that is long enough is predicted."""
-        return self.full_steps is not None or self.interval > 1
+        if self.full_steps is None and self.interval is None:
+            return self.speedup > 1
+        return self.interval != 1
 
     @property
     def anchors(self) -> int:
@@ -184,6 +208,15 @@ class TAPConfig:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_schedule(value: object) -> bool:
+    return (
+        isinstance(value, tuple)
+        and all(_is_int(step) for step in value)
+        and value[:1] == (0,)
+        and all(a < b for a, b in pairwise(value))
+    )
 
 
 def _is_number(value: object) -> bool:

@@ -21,7 +21,9 @@ from tap_diffusion.config import TAPConfig
 from tap_diffusion.errors import TAPWarning
 from tap_diffusion.predictors import Candidate, candidates, difference_matrix
 from tap_diffusion.reporting import Choice, Report
+from tap_diffusion.schedule import FEWEST, plan
 from tap_diffusion.selection import choose, combine, combine_chosen, proxy_losses, proxy_losses_onepass
+from tap_diffusion.timeline import Timeline
 from tap_diffusion.tracking import Call
 
 
@@ -42,6 +44,9 @@ class Engine:
         self._histories: dict[str, dict[str, History]] = {}  # of each branch, of each of its streams
         self._doubts: dict[str, _LateFlag] = {}
         self._seen: dict[str, int] = {}  # last step of each branch
+        self._pending: list[Choice] = []  # of the call that is running
+        self._timeline: Timeline | None = None
+        self._steps: int | None = None
         self._may_have_ended = False
 
     @property
@@ -56,6 +61,7 @@ class Engine:
         self._histories.clear()
         self._doubts.clear()
         self._seen.clear()
+        self._pending.clear()
         self._may_have_ended = False
 
     @uncompiled
@@ -64,10 +70,12 @@ class Engine:
         if call.starts_trajectory:
             self.finish()
             self.report = Report(trajectories=self.report.trajectories + 1)
+            self._timeline, self._steps = call.timeline, call.steps
+        self._pending.clear()
         if call.branch in self._doubts and self._doubts[call.branch].is_raised():
             self.fall_back(call, "non-finite values in a predicted step before")
             return True
-        if self.config.is_full(call.step):
+        if plan(self.config, self._steps, self._timeline)(call.step):
             return True
         if call.branch not in self._histories:
             self.fall_back(call, "no finite anchor" if call.branch in self._seen else "the branch has only just begun")
@@ -78,6 +86,8 @@ class Engine:
     def end(self, call: Call, full: bool, milliseconds: Callable[[], float]) -> None:
         """Take note that a call has run; free its branch after the last step."""
         self.report.calls.append((call.step, full, milliseconds))
+        if not full:
+            self.report.choices += self._pending
         self._may_have_ended = call.is_last_step is None
         self.report.cache_bytes = max(self.report.cache_bytes, self.cache_bytes)
         self._seen[call.branch] = call.step
@@ -109,6 +119,11 @@ class Engine:
             reason = "; ".join(f"{reason} ({count} calls)" for reason, count in report.fallbacks.items())
         elif config.full_steps is not None:
             reason = f"all of its {report.steps} steps are among full_steps={config.full_steps}"
+        elif config.interval is None and self._steps is not None:
+            reason = (
+                f"of its {report.steps} steps speedup={config.speedup:g} leaves none to skip, since at least {FEWEST}"
+                " are full. Use more steps, or say by full_steps how many of them are to be full"
+            )
         else:
             reason = (
                 f"it had {report.steps} steps, and with warmup={config.warmup} the first predicted step is number"
@@ -146,6 +161,19 @@ class Engine:
         history.add(call.step, residual, probe)
         self._doubts.pop(call.branch, None)
 
+    @uncompiled
+    def hindsight(self, call: Call) -> float:
+        """By how much of its surprise a full call's output is to be moved (:meth:`Timeline.hindsight`); 0: not at all.
+
+        The surprise is the output less its prediction, for which :meth:`predict` is to be called before.
+        """
+        streams = self._histories.get(call.branch)
+        if not self.config.hindsight or self._timeline is None or not streams or call.step >= len(self._timeline):
+            return 0.0
+        times = next(iter(streams.values())).times
+        # The degree of linear extrapolation, whatever the tokens took: most errors come from what they left out.
+        return self.config.hindsight * self._timeline.hindsight([int(time) for time in times[:2]], call.step)
+
     def predict(self, call: Call, hidden_states: Tensor, probe: Callable[[], Tensor], stream: str = "") -> Tensor:
         """The hidden states after the last block, predicted (paper, token-adaptive selection).
 
@@ -177,12 +205,12 @@ class Engine:
             losses = proxy_losses_onepass(h, history.probe, history.gram, coefficients, config.loss)
         choice = self._choose(losses)
         result = self._checked(call, hidden_states, combine_chosen(history.residual, coefficients, choice), h, history)
-        self.report.choices.append(Choice(call.step, call.branch, members, choice.to(torch.uint8)))
+        self._pending.append(Choice(call.step, call.branch, members, choice.to(torch.uint8)))
         return result
 
     def _candidates(self, times: tuple[float, ...], t: float) -> tuple[list[Candidate], Tensor]:
         """The candidates at time ``t``, and their coefficients (K, H) of the differences at anchors of these times."""
-        return _coefficients(self.config, times, t)
+        return _coefficients(self.config, times, t, self._timeline)
 
     def _choose(self, losses: Tensor) -> Tensor:
         """Each token's candidate, (B, N), by the losses, (K, B, N)."""
@@ -211,12 +239,19 @@ class Engine:
 
 
 @lru_cache(maxsize=1024)
-def _coefficients(config: TAPConfig, times: tuple[float, ...], t: float) -> tuple[list[Candidate], Tensor]:
+def _coefficients(
+    config: TAPConfig, times: tuple[float, ...], t: float, timeline: Timeline | None
+) -> tuple[list[Candidate], Tensor]:
     """The candidates, and their weights over anchors as coefficients (K, H) of the differences that a history keeps.
 
     Times alone decide them, so all branches and later trajectories share them: callers must not write to them.
     """
-    members, weights = candidates(config.family, config.orders, config.horizon_span, config.horizon_step, times, t)
+    at = [*times, t]
+    if timeline is not None and config.clock == "noise" and max(at) < len(timeline):
+        at = [timeline.clock[int(time)] for time in at]
+    members, weights = candidates(
+        config.family, config.orders, config.horizon_span, config.horizon_step, at[:-1], at[-1]
+    )
     return members, torch.from_numpy(np.linalg.solve(difference_matrix(times).T, weights.T).T)
 
 

@@ -3,6 +3,53 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+from tap_diffusion.config import TAPConfig
+from tap_diffusion.errors import ConfigError
+from tap_diffusion.timeline import Timeline
+
+FEWEST = 6  # full steps that a speed-up leaves: with fewer, windows are longer than has been seen to work
+
+
+@lru_cache(maxsize=64)
+def plan(config: TAPConfig, steps: int | None, timeline: Timeline | None) -> Callable[[int], bool]:
+    """Which steps of a trajectory are full.
+
+    Args:
+        config: its ``full_steps``, ``interval`` or ``speedup``, in this order.
+        steps: of the trajectory; None where nobody knows.
+        timeline: its noise, where it is known.
+
+    Returns:
+        A function of the step, counted from the start of the trajectory.
+
+    Raises:
+        ConfigError: a number of full steps is asked for, and nobody knows of how many steps.
+    """
+    if isinstance(config.full_steps, tuple):
+        return frozenset(config.full_steps).__contains__
+    steps = steps or config.steps
+    interval = config.interval
+    if interval is None and steps is None:
+        if config.full_steps is not None:
+            raise ConfigError(
+                f"{config.full_steps} full steps are asked for, but a transformer by itself does not know the number"
+                " of steps: enable TAP on the pipeline, or pass TAPConfig(steps=...) too"
+            )
+        interval = round(config.speedup)
+    if interval is not None:
+        return lambda step: is_full_step(step, interval, config.warmup)
+    assert steps is not None
+    count = config.full_steps or max(min(FEWEST, steps), round(steps / config.speedup))
+    full = frozenset(clock_steps(clock(config, steps, timeline), count))
+    return lambda step: step in full or step >= steps  # none is predicted that was not planned
+
+
+def clock(config: TAPConfig, steps: int, timeline: Timeline | None) -> Sequence[float]:
+    """Time of each step."""
+    return range(steps) if timeline is None or config.clock == "step" else timeline.clock
 
 
 def is_full_step(step: int, interval: int, warmup: int) -> bool:
@@ -70,3 +117,26 @@ def growing_steps(steps: int, window: float = 2.0, growth: float = 0.75, warmup:
         full.append(step)
         window = round(window + growth, 3)  # as published: else floor(1.9999…) where 2 is meant
     return full
+
+
+def clock_steps(clock: Sequence[float], count: int) -> tuple[int, ...]:
+    """``count`` full steps, evenly spaced on a clock from the first step to the last but one.
+
+    Args:
+        clock: time of each step, increasing.
+        count: full steps wanted; all steps are full where there are no more.
+
+    Raises:
+        ValueError: ``count`` is less than 1.
+    """
+    if count < 1:
+        raise ValueError(f"{count} full steps can't be had; at least the first step is full")
+    last = len(clock) - 2
+    if count > last:
+        return tuple(range(min(count, len(clock))))
+    full = [0]
+    for i in range(1, count):
+        wanted = clock[0] + (clock[last] - clock[0]) * i / (count - 1)
+        possible = range(full[-1] + 1, last - (count - 1 - i) + 1)
+        full.append(min(possible, key=lambda step: abs(clock[step] - wanted)))
+    return tuple(full)

@@ -17,7 +17,9 @@ from typing import Any
 
 from torch import Tensor
 
+from tap_diffusion import schedulers
 from tap_diffusion.compiling import uncompiled
+from tap_diffusion.timeline import Timeline
 
 _STRANGERS = 8  # more than a trajectory's first step can have branches
 
@@ -29,12 +31,16 @@ class Call:
     Attributes:
         step: counts from the start of the trajectory, whatever the scheduler's index.
         is_last_step: None where no scheduler tells.
+        steps: of the trajectory, if a scheduler tells; may be more than will run (Wan 2.2 changes the transformer).
+        timeline: the noise of these steps, likewise.
     """
 
     step: int
     branch: str
     starts_trajectory: bool
     is_last_step: bool | None
+    steps: int | None = None
+    timeline: Timeline | None = None
 
 
 @dataclass
@@ -66,6 +72,8 @@ class StepTracker:
         self._position = math.inf
         self._step = -1
         self._branches: dict[str, _Branch] = {}
+        self._steps: int | None = None
+        self._timeline: Timeline | None = None
 
     @uncompiled
     def locate(self, timestep: Any, branch: str | None, conditioning: Any, rising: bool = False) -> Call:
@@ -114,7 +122,20 @@ class StepTracker:
             self._step += 1
         self._timesteps, self._position = timesteps, position
         self._branches[name] = _Branch(_weak(conditioning), position, time)
-        return Call(self._step, name, self._step == 0 and len(self._branches) == 1, is_last)
+        starts = self._step == 0 and len(self._branches) == 1
+        if starts and timesteps is not None:
+            self._look_ahead(time)
+        return Call(self._step, name, starts, is_last, self._steps, self._timeline)
+
+    def _look_ahead(self, time: _Time) -> None:
+        """Ask the scheduler about the steps to come."""
+        scheduler = self._trusted
+        first = _index(scheduler)
+        if first is None:
+            at = [i for i, t in enumerate(scheduler.timesteps.tolist()) if time.is_at(t)]
+            first = at[0] if at else 0
+        self._steps = len(scheduler.timesteps) - first
+        self._timeline = schedulers.timeline(scheduler, first)
 
     def has_stopped_before(self, other: StepTracker) -> bool:
         """Whether the other transformer of the same run has gone on for more than a step without this one."""

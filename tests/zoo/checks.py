@@ -18,10 +18,11 @@ from tiny import engine_of
 from zoo import CASES, Conditions, build, class_of, denoise, evaluate, start
 
 # Fewer warm-up steps than anchors, so that anchors of another trajectory would have a say.
-CONFIG = tap.TAPConfig(interval=4, warmup=2, horizon_span=1)
+INTERVAL, WARMUP = 4, 2
+CONFIG = tap.TAPConfig.paper(INTERVAL, warmup=WARMUP, horizon_span=1)
 # Another step by the timestep, the same for the model: embeddings of time can turn over 10,000 times from 0 to 1.
 A_LITTLE_LATER = 1 - 1e-6
-REUSE = tap.TAPConfig(interval=2, warmup=1, orders=(0,), horizon_span=0)
+REUSE = tap.TAPConfig.paper(interval=2, warmup=1, orders=(0,), horizon_span=0)
 
 
 def spec_of(name: str) -> TransformerSpec:
@@ -53,7 +54,7 @@ def check_off(name: str) -> None:
     plain, before = denoise(model, case), trace(model)
     assert plain[0].isfinite().all()
     assert plain[0].std() > 1e-3
-    with tap.enabled(model, tap.TAPConfig(interval=1)):
+    with tap.enabled(model, tap.TAPConfig.paper(interval=1)):
         assert torch.equal(denoise(model, case)[0], plain[0])
     assert trace(model) == before
     with tap.enabled(model, CONFIG):
@@ -173,7 +174,7 @@ def check_schedule(name: str) -> None:
     with tap.enabled(model, CONFIG):
         denoise(model, case)
         report = tap.report(model)
-    expected = full_steps(12, CONFIG.interval, CONFIG.warmup)
+    expected = full_steps(12, INTERVAL, WARMUP)
     assert (report.steps, report.full_steps, report.fallbacks) == (12, len(expected), {})
     probes = report.predicted_steps * (0 if spec_of(name).probe else 1)
     assert calls.count(per_step[-1]) == len(expected) * per_step.count(per_step[-1])

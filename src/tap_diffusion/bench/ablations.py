@@ -150,7 +150,7 @@ def _oracle(**change: Any) -> Callable[[TAPConfig], Variant]:
 
 
 def _tap(steps: int, budget: int) -> TAPConfig:
-    return replace(TAPConfig.paper(interval=6), full_steps=paper_steps(steps, budget))
+    return TAPConfig.paper(full_steps=paper_steps(steps, budget))
 
 
 # ------------------------------------------------------------------------------------------------------------- the run

@@ -60,8 +60,9 @@ class Suite:
     repeats: int
 
 
+QUICK = ("tap", "tap-paper", "fora", "taylorseer-1", "euler", "adams-bashforth-2", "ddim")
 SUITES = {
-    "quick": Suite(8, 8, (8,), ("tap", "fora", "taylorseer-1", "euler", "adams-bashforth-2", "ddim"), 4, 1),
+    "quick": Suite(8, 8, (8,), QUICK, 4, 1),
     "standard": Suite(64, 16, (14, 10, 8, 6), None, 4, 3),
     "paper": Suite(200, 32, (14, 10, 8, 6), None, 1, 5),
 }

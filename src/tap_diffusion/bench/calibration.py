@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from tap_diffusion.bench.methods import Variant, on_engine
 from tap_diffusion.bench.models import BenchModel, Drawn, draw
 from tap_diffusion.config import Probe, TAPConfig
 from tap_diffusion.engine import Engine
+from tap_diffusion.timeline import Timeline
 from tap_diffusion.tracking import Call
 
 SEED = 10_000  # of the first calibration sample, far from those of the measured
@@ -64,6 +66,21 @@ class Calibration:
         with counted(self.pipe) as counts:
             draw(self.pipe, self.model, self.model.calibration[:1], SEED, num_inference_steps=2)
         return counts.full // 2
+
+    @cached_property
+    def timeline(self) -> Timeline | None:
+        """The noise of the pipeline's steps; None where its scheduler does not tell."""
+        seen: list[Timeline | None] = []
+
+        class Look(Engine):
+            def begin(self, call: Call) -> bool:
+                seen.append(call.timeline)
+                raise _SeenError
+
+        variant = on_engine("", TAPConfig.paper(), Look)
+        with suppress(_SeenError):
+            run(self.pipe, self.model, variant, self.model.calibration[:1], SEED, self.steps)
+        return seen[0] if seen else None
 
     def run(self, variant: Variant | None) -> tuple[Drawn, float]:
         """The calibration samples, and the mean number of full steps; None runs the plain pipeline."""
@@ -117,12 +134,16 @@ class Calibration:
 
     def _trajectories(self, probe: Probe = "modulated_input") -> Trajectories:
         """Probe features and residuals of the first batch of calibration samples at every step."""
-        recorder = _Recorder(TAPConfig(full_steps=tuple(range(self.steps)), probe=probe))
+        recorder = _Recorder(TAPConfig.paper(full_steps=tuple(range(self.steps)), probe=probe))
         variant = on_engine("all", recorder.config, lambda _: recorder)
         run(self.pipe, self.model, variant, self.model.calibration[: self.model.batch], SEED, self.steps)
         return Trajectories(
             *([torch.stack(features) for features in kind.values()] for kind in (recorder.probes, recorder.residuals))
         )
+
+
+class _SeenError(Exception):
+    """The first call has told what was to be known."""
 
 
 class _Recorder(Engine):

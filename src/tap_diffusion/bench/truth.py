@@ -24,6 +24,7 @@ from tap_diffusion.errors import UsageError
 from tap_diffusion.integrations.api import hooks
 from tap_diffusion.integrations.depth import Streams, named
 from tap_diffusion.integrations.hook import TAPHook
+from tap_diffusion.schedule import plan
 from tap_diffusion.selection import choose, proxy_losses, proxy_losses_onepass
 from tap_diffusion.tracking import Call
 
@@ -262,7 +263,7 @@ class FidelityEngine(Engine):
         for name, blocks in self._probes.items():
             h = self._added(blocks, stream) if blocks else probe
             key = (call.branch, stream, name)
-            if self.config.is_full(call.step):
+            if plan(self.config, None, None)(call.step):
                 self._anchors.setdefault(key, History(self.config.anchors)).add(call.step, residual, h)
             else:
                 self._compare(call.step, key, residual, h)

@@ -30,7 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "Taylor, order 1": {"orders": (1,), "horizon_span": 0.0},
     "Taylor, order 2": {"orders": (2,), "horizon_span": 0.0},
     "TAP, full horizon only (λ = 0)": {"horizon_span": 0.0},
-    "TAP as in the paper (default)": {},
+    "TAP as in the paper": {},
 }
 
 
@@ -77,7 +77,7 @@ def main(
     result["cells"] = []
     for interval in intervals or [8, 6, 4]:
         for name, changes in METHODS.items():
-            with enabled(pipe, TAPConfig(interval=interval, **changes)):
+            with enabled(pipe, TAPConfig.paper(interval, **changes)):
                 accelerated, _ = run(pipe, request, f"{name}, interval {interval}")
                 account = report(pipe)
             cell = {

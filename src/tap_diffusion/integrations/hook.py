@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from diffusers.hooks.hooks import BaseState, ModelHook, StateManager
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from tap_diffusion.compiling import uncompiled_itself
+from tap_diffusion.compiling import uncompiled, uncompiled_itself
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.engine import Engine, Fallback
 from tap_diffusion.errors import UnsupportedModelError
@@ -57,7 +58,7 @@ class TAPHook(ModelHook):
                     self.engine.fall_back(call, reason)
                     full = True
             if full:
-                output = self._run_in_full(self._depth, call, args, kwargs)
+                output = self._run_corrected(call, args, kwargs)
             self.engine.end(call, full, stop())
             if call.is_last_step:
                 for peer in self.peers:
@@ -88,6 +89,16 @@ class TAPHook(ModelHook):
         self.engine.finish()
         self.tracker.reset()
         return module
+
+    @uncompiled_itself
+    def _run_corrected(self, call: Call, args: Any, kwargs: Any) -> Any:
+        """Run the model in full, and make up for errors of the predicted steps before, which can be seen now."""
+        share = self.engine.hindsight(call)
+        if not share:
+            return self._run_in_full(self._depth, call, args, kwargs)
+        predicted, reason = self._predict(self._depth, call, args, kwargs)
+        output = self._run_in_full(self._depth, call, args, kwargs)
+        return output if reason is not None else _moved(output, predicted, share)
 
     def _run_in_full(self, depth: Depth, call: Call, args: Any, kwargs: Any) -> Any:
         """Run the model's own forward and record probe features and residuals."""
@@ -166,6 +177,19 @@ class TAPHook(ModelHook):
 
     def _untokens(self, x: Tensor, like: Tensor) -> Tensor:
         return (x.transpose(0, 1) if self.spec.tokens_first else x).reshape(like.shape)
+
+
+@uncompiled
+def _moved(output: Any, predicted: Any, share: float) -> Any:
+    """The output of a model, a structure of tensors, moved away from its prediction; where that is finite."""
+
+    def moved(value: Any, prediction: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        result = value + share * (value - prediction)
+        return torch.where(result.isfinite(), result, value)
+
+    return tree_map(moved, output, predicted)
 
 
 def _flat(x: Tensor) -> Tensor:

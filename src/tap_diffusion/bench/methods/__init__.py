@@ -21,7 +21,7 @@ from tap_diffusion.config import TAPConfig
 from tap_diffusion.engine import Engine
 from tap_diffusion.errors import UsageError
 from tap_diffusion.integrations.api import enabled, hooks, transformers
-from tap_diffusion.schedule import even_steps, paper_steps
+from tap_diffusion.schedule import clock_steps, even_steps, paper_steps
 
 if TYPE_CHECKING:
     from tap_diffusion.bench.calibration import Calibration
@@ -79,14 +79,17 @@ class Method:
     variants: Callable[[Setting], Iterable[Variant]]
 
 
-def schedules(steps: int, budget: int) -> dict[str, tuple[int, ...]]:
-    """The schedules on which every method that has none of its own is tried."""
+def schedules(setting: Setting) -> dict[str, tuple[int, ...]]:
+    """The schedules on which every method that has none of its own is tried: the paper's, even ones, and TAP's."""
+    steps, budget, timeline = setting.steps, setting.budget, setting.calibration.timeline
     found = {}
     if budget >= 3:
         found["paper"] = paper_steps(steps, budget)
     found["even"] = even_steps(steps, budget)
     if budget >= 3:
         found["even after 2"] = even_steps(steps, budget, warmup=2)
+    if timeline is not None:
+        found["even on the clock"] = clock_steps(timeline.clock, budget)
     return found
 
 
@@ -94,8 +97,8 @@ def forecaster(name: str, kind: Kind, source: str, **config: Any) -> Method:
     """A method that is TAP's engine with another configuration, on every schedule."""
 
     def variants(setting: Setting) -> Iterator[Variant]:
-        for title, full in schedules(setting.steps, setting.budget).items():
-            yield on_engine(title, TAPConfig(full_steps=full, **config))
+        for title, full in schedules(setting).items():
+            yield on_engine(title, TAPConfig.paper(full_steps=full, **config))
 
     return Method(name, kind, source, variants)
 

@@ -77,7 +77,7 @@ def _masked(name: str, source: str, calibrator: Calibrator = None) -> Method:
     def variants(setting: Setting) -> Iterator[Variant]:
         if not _takes(setting.pipe):
             return
-        for schedule, full in schedules(setting.steps, setting.budget).items():
+        for schedule, full in schedules(setting).items():
             mask = [int(step in full) for step in range(setting.steps)]
             yield _variant(
                 schedule, setting, calibrator, steps_computation_mask=mask, steps_computation_policy="static"

@@ -80,7 +80,7 @@ def variants(setting: Setting) -> Iterator[Variant]:
         retained = int(retention * setting.steps) + 1
         if retained + 1 > setting.budget:
             continue
-        config = TAPConfig(
+        config = TAPConfig.paper(
             full_steps=(*range(retained), setting.steps - 1), orders=(1,), horizon_span=0.0, probe="first_block"
         )
         title = f"{error}, {retained} full steps first"

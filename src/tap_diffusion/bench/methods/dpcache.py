@@ -90,7 +90,7 @@ def variants(setting: Setting) -> Iterator[Variant]:
             return plan(costs(setting.calibration.trajectories().residual, order, longest), budget)
 
         full = setting.calibration.fitted(f"dpcache-{order}-{budget}", full_steps)
-        yield on_engine(f"order {order}", TAPConfig(full_steps=tuple(full), orders=(order,), horizon_span=0.0))
+        yield on_engine(f"order {order}", TAPConfig.paper(full_steps=tuple(full), orders=(order,), horizon_span=0.0))
 
 
 METHODS = [Method("dpcache", "rival", "DPCache, arXiv 2602.22654", variants)]

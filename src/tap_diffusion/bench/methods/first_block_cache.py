@@ -38,7 +38,7 @@ class FirstBlockCacheEngine(ThresholdEngine):
 
 def variants(setting: Setting) -> Iterator[Variant]:
     """One, with its threshold tuned."""
-    config = TAPConfig(full_steps=(0,), orders=(0,), probe="first_block")
+    config = TAPConfig.paper(full_steps=(0,), orders=(0,), probe="first_block")
     yield tuned(setting, "first-block-cache", "by threshold", config, FirstBlockCacheEngine)
 
 

@@ -14,10 +14,10 @@ def _fixed(name: str, source: str, order: int, family: str = "taylor") -> Method
 
 def hicache(setting: Setting) -> Iterator[Variant]:
     """Orders 1 and 2, with the σ of its runs on FLUX and the largest of its scripts."""
-    for title, full in schedules(setting.steps, setting.budget).items():
+    for title, full in schedules(setting).items():
         for order in (1, 2):
             for family, sigma in (("hermite", 0.5), ("hermite_wide", 0.7)):
-                config = TAPConfig(full_steps=full, family=family, orders=(order,), horizon_span=0.0)
+                config = TAPConfig.paper(full_steps=full, family=family, orders=(order,), horizon_span=0.0)
                 yield on_engine(f"{title}, order {order}, σ {sigma}", config)
 
 

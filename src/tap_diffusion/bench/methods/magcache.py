@@ -76,7 +76,7 @@ def variants(setting: Setting) -> Iterator[Variant]:
         found = planned(known, setting.budget, max_skip)
         assert found is not None
         threshold, full = found
-        variant = on_engine(title, TAPConfig(full_steps=full, orders=(0,)))
+        variant = on_engine(title, TAPConfig.paper(full_steps=full, orders=(0,)))
         yield replace(variant, settings=variant.settings | {"threshold": threshold, "max_skip": max_skip})
 
 

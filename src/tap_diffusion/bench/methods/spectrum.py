@@ -47,9 +47,9 @@ def growing(steps: int, budget: int) -> dict[str, tuple[int, ...]]:
 def variants(setting: Setting) -> Iterator[Variant]:
     """Chebyshev ridge regression over all anchors, alone and, as in its scripts, mixed with linear extrapolation."""
     own = growing(setting.steps, setting.budget)
-    for title, full in (own | schedules(setting.steps, setting.budget)).items():
+    for title, full in (own | schedules(setting)).items():
         for family, how in (("chebyshev", "alone"), ("chebyshev_linear", "mixed")):
-            config = TAPConfig(
+            config = TAPConfig.paper(
                 full_steps=full, family=family, orders=(DEGREE,), horizon_span=0.0, history=max(DEGREE + 1, len(full))
             )
             yield on_engine(f"{title}, {how}", config, SpectrumEngine)

@@ -70,7 +70,7 @@ def variants(setting: Setting) -> Iterator[Variant]:
     if setting.budget < 2:
         return
     coefficients = setting.calibration.fitted("teacache", lambda: fit(setting.calibration.trajectories()))
-    config = TAPConfig(full_steps=(0, setting.steps - 1), orders=(0,))
+    config = TAPConfig.paper(full_steps=(0, setting.steps - 1), orders=(0,))
     yield tuned(
         setting,
         "teacache",

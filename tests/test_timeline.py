@@ -1,0 +1,173 @@
+"""What the noise tells, against real schedulers: their steps, run by hand in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tap_diffusion.schedulers import timeline
+from tap_diffusion.timeline import Timeline
+
+STEPS = 20
+
+
+def flow(**config: Any) -> Any:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**config)
+    scheduler.set_timesteps(STEPS)
+    return scheduler
+
+
+def ddim(prediction: str, **config: Any) -> Any:
+    scheduler = diffusers.DDIMScheduler(prediction_type=prediction, clip_sample=False, **config)
+    scheduler.set_timesteps(STEPS)
+    return scheduler
+
+
+SCHEDULERS: dict[str, Callable[[], Any]] = {
+    "flow": flow,
+    "shifted flow": lambda: flow(shift=3.0),
+    "epsilon": lambda: ddim("epsilon"),
+    "v": lambda: ddim("v_prediction", beta_schedule="scaled_linear"),
+    "sample": lambda: ddim("sample"),
+}
+each_scheduler = pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
+
+
+def model(scheduler: Any, clean: Tensor) -> Callable[[Tensor, int], Tensor]:
+    """The perfect model of data that is one point."""
+
+    def output(x: Tensor, step: int) -> Tensor:
+        if hasattr(scheduler, "sigmas"):
+            return (x - clean) / scheduler.sigmas[step].double()
+        product = scheduler.alphas_cumprod[scheduler.timesteps[step]].double()
+        alpha, sigma = product.sqrt(), (1 - product).sqrt()
+        noise = (x - alpha * clean) / sigma
+        kinds = {"epsilon": noise, "v_prediction": alpha * noise - sigma * clean, "sample": clean}
+        return kinds[scheduler.config.prediction_type]
+
+    return output
+
+
+@each_scheduler
+@pytest.mark.parametrize(("anchors", "step"), [((0,), 4), ((4, 0), 9), ((9, 4), 10), ((9, 4), 13), ((13, 9), 18)])
+def test_hindsight_undoes_what_the_window_did(make: Callable[[], Any], anchors: tuple[int, ...], step: int) -> None:
+    """Errors of the assumed form in the steps between: after the full step, so moved, the latent is as if none were."""
+    scheduler = make()
+    known = timeline(scheduler, 0)
+    assert known is not None
+    generator = torch.Generator().manual_seed(0)
+    clean, start, offset = torch.randn(3, 50, generator=generator, dtype=torch.float64)
+    true, clock = model(scheduler, clean), known.clock
+
+    def run(error: float, moved: bool) -> Tensor:
+        solver, x = make(), start
+        for k in range(step + 1):
+            output = true(x, k)
+            if error == 0:
+                undisturbed.append(output)
+            elif k > anchors[0]:
+                ramp = math.prod((clock[k] - clock[a]) / (clock[step] - clock[a]) for a in anchors)
+                prediction = undisturbed[k] + error * ramp * offset
+                surprise = output - prediction
+                output = (
+                    prediction if k < step else output + (known.hindsight(anchors, step) if moved else 0) * surprise
+                )
+            x = solver.step(output, solver.timesteps[k], x)[0].double()
+        return x
+
+    undisturbed: list[Tensor] = []
+    expected = run(error=0, moved=False)
+    scale = (run(error=1, moved=False) - expected).norm()
+    left = (run(error=1, moved=True) - expected).norm()
+    if step - anchors[0] > 1:
+        assert scale > 1e-3
+        assert left < 1e-4 * scale  # float32 in the schedulers
+    else:
+        assert known.hindsight(anchors, step) == 0
+
+
+def test_the_clock_of_flow_matching_is_half_arcsine_half_steps() -> None:
+    scheduler = flow(shift=2.0)
+    known = timeline(scheduler, 0)
+    assert known is not None
+    angle = scheduler.sigmas[:-1].double().sqrt().asin()
+    expected = (torch.arange(STEPS) + (STEPS - 1) * (angle[0] - angle) / (angle[0] - angle[-1])) / 2
+    torch.testing.assert_close(torch.tensor(known.clock, dtype=torch.float64), expected.double(), atol=1e-5, rtol=0)
+
+
+@given(st.lists(st.floats(1e-4, 1e4), min_size=1, max_size=60, unique=True), st.booleans())
+def test_the_clock_rises_from_the_first_step_to_the_last(values: list[float], infinite: bool) -> None:
+    noise = ((math.inf,) if infinite else ()) + tuple(sorted(values, reverse=True))
+    clock = Timeline(noise, "flow").clock
+    assert clock[0] == 0
+    assert all(a < b for a, b in pairwise(clock))
+    if len(noise) > 1:
+        assert clock[-1] == pytest.approx(len(noise) - 1)
+
+
+@given(st.integers(0, 16), st.data())
+def test_hindsight_is_never_negative_nor_infinite(anchor: int, data: st.DataObject) -> None:
+    step = data.draw(st.integers(anchor + 1, 19))
+    earlier = data.draw(st.none() | st.integers(0, anchor - 1)) if anchor else None
+    for make in SCHEDULERS.values():
+        known = timeline(make(), 0)
+        assert known is not None
+        value = known.hindsight([anchor] if earlier is None else [anchor, earlier], step)
+        assert 0 <= value + 1e-12 < 100
+        assert (value > 1e-9) == (anchor + 1 < step < 19)  # a perfect model needs no help at the last step
+
+
+# --------------------------------------------------------------------------------------------------- reading schedulers
+
+
+def noise_of(scheduler: Any) -> list[float]:
+    scheduler.set_timesteps(STEPS)
+    known = timeline(scheduler, 0)
+    assert known is not None
+    assert len(known) == STEPS
+    return list(known.noise)
+
+
+def test_all_that_know_the_same_noise_agree() -> None:
+    trailing = ddim("epsilon", timestep_spacing="trailing")
+    ours = noise_of(trailing)
+    for kind in (diffusers.DPMSolverMultistepScheduler, diffusers.UniPCMultistepScheduler):
+        other = noise_of(kind.from_config(trailing.config))
+        torch.testing.assert_close(other, ours, rtol=1e-4, atol=0)
+    euler = diffusers.EulerDiscreteScheduler.from_config(trailing.config)
+    torch.testing.assert_close(noise_of(euler), ours, rtol=1e-4, atol=0)
+    flows = noise_of(diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"))
+    assert all(a > b > 0 for a, b in pairwise(flows))
+
+
+def test_a_flow_of_noise_alone_is_infinite_at_first() -> None:
+    known = timeline(flow(), 0)
+    assert known is not None
+    assert known.noise[0] == math.inf
+    assert known.noise[1] == pytest.approx(float(flow().sigmas[1] / (1 - flow().sigmas[1])))
+
+
+def test_image_to_image_begins_later() -> None:
+    whole, part = timeline(ddim("epsilon"), 0), timeline(ddim("epsilon"), 12)
+    assert whole is not None
+    assert part is not None
+    assert part.noise == whole.noise[12:]
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [diffusers.HeunDiscreteScheduler(), diffusers.FlowMatchHeunDiscreteScheduler(), diffusers.EDMEulerScheduler()],
+    ids=lambda scheduler: type(scheduler).__name__,
+)  # fmt: skip
+def test_others_do_not_tell(scheduler: Any) -> None:
+    scheduler.set_timesteps(STEPS)
+    assert timeline(scheduler, 0) is None
