@@ -13,11 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tap_diffusion.bench import truth
 from tap_diffusion.bench.ablation_page import write_page
-from tap_diffusion.bench.ablations import Ablations, ShiftedEngine, ShuffledEngine, ablations
+from tap_diffusion.bench.ablations import (
+    Ablations,
+    MixedTimeline,
+    ShiftedEngine,
+    ShuffledEngine,
+    ablations,
+    beyond,
+)
 from tap_diffusion.bench.calibration import _Recorder, run
 from tap_diffusion.bench.methods import Variant, on_engine
 from tap_diffusion.bench.models import BenchModel, draw
@@ -25,6 +34,8 @@ from tap_diffusion.config import TAPConfig
 from tap_diffusion.engine import Engine
 from tap_diffusion.errors import UsageError
 from tap_diffusion.integrations.api import enabled, hooks
+from tap_diffusion.schedule import even_steps
+from tap_diffusion.timeline import Timeline
 from tap_diffusion.tracking import Call
 from tiny import TOKENS, WORDS, build_pipeline, sample
 
@@ -320,7 +331,7 @@ CHOSEN = ("{1}", "{0, 1, 2}, λ = 0", "{0, 1, 2}, λ = 4", "λ = 0", "k - 2 … 
 
 
 def ablations_in(out: Path) -> Ablations:
-    return Ablations(tiny_model(), 3, (5, 4), out, STEPS, [a for a in ablations() if a.label in CHOSEN])
+    return Ablations(tiny_model(), 3, (5, 4), out, STEPS, chosen=[a for a in ablations() if a.label in CHOSEN])
 
 
 @pytest.mark.slow
@@ -381,3 +392,33 @@ def test_variants_leave_the_pipeline_as_it_was(label: str) -> None:
     assert not torch.equal(changed.latents, plain.latents)
     assert torch.equal(run(pipe, model, None, WORDS[:1], 0, STEPS).latents, plain.latents)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in pipe.transformer.modules())
+
+
+@pytest.mark.slow
+def test_the_recommended_settings_have_ablations_of_their_own(tmp_path: Path) -> None:
+    chosen = [a for a in beyond() if a.label in ("even", "0% step, 100% noise", "0", "0.5", "Newton {1}", "token")]
+    cells = Ablations(tiny_model(), 3, (5,), tmp_path, STEPS, of="recommended", chosen=chosen).run()
+    settings = {cell["label"]: cell["settings"] for cell in cells}
+    assert settings["token"]["full_steps"] == 5
+    assert settings["even"]["full_steps"] == list(even_steps(STEPS, 5))
+    assert settings["0"]["hindsight"] == 0
+    by_label = {cell["label"]: cell for cell in cells}
+    assert "difference_db" not in by_label["token"]
+    for label in ("even", "0% step, 100% noise", "0", "Newton {1}"):
+        assert by_label[label]["difference_db"] != 0
+        assert by_label[label]["full_evaluations"] == 5
+    page = (tmp_path / "ablations.md").read_text()
+    assert "as `TAPConfig(full_steps=...)` has it" in page
+    assert "Fidelity" not in page
+
+
+@given(st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=30, unique=True), st.floats(0, 1))
+def test_a_mixed_clock_has_its_share_of_the_step(values: list[float], share: float) -> None:
+    noise = tuple(sorted(values, reverse=True))
+    angle = [math.atan(math.sqrt(value)) for value in noise]
+    last = len(noise) - 1
+    expected = [
+        share * step + (1 - share) * last * (angle[0] - a) / (angle[0] - angle[-1]) for step, a in enumerate(angle)
+    ]
+    assert MixedTimeline(noise, "flow", share).clock == pytest.approx(expected, abs=1e-6)
+    assert MixedTimeline(noise, "flow").clock == pytest.approx(Timeline(noise, "flow").clock)

@@ -165,9 +165,31 @@ def test_image_to_image_begins_later() -> None:
 
 @pytest.mark.parametrize(
     "scheduler",
-    [diffusers.HeunDiscreteScheduler(), diffusers.FlowMatchHeunDiscreteScheduler(), diffusers.EDMEulerScheduler()],
+    [
+        diffusers.EDMEulerScheduler(),
+        diffusers.DDPMScheduler(),
+        diffusers.LCMScheduler(),
+        diffusers.EulerAncestralDiscreteScheduler(),
+        diffusers.FlowMatchLCMScheduler(),
+        diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+        diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
+    ],
     ids=lambda scheduler: type(scheduler).__name__,
-)  # fmt: skip
-def test_others_do_not_tell(scheduler: Any) -> None:
+)
+def test_random_and_scaled_steps_have_a_clock_and_no_hindsight(scheduler: Any) -> None:
+    scheduler.set_timesteps(STEPS)
+    known = timeline(scheduler, 0)
+    assert known is not None
+    assert known.prediction is None
+    assert known.hindsight([3, 0], 7) == 0
+    assert len(known.clock) == STEPS
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [diffusers.HeunDiscreteScheduler(), diffusers.FlowMatchHeunDiscreteScheduler()],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_what_evaluates_twice_does_not_tell(scheduler: Any) -> None:
     scheduler.set_timesteps(STEPS)
     assert timeline(scheduler, 0) is None

@@ -17,6 +17,9 @@ _PREDICTIONS: dict[str, Prediction] = {
 }
 
 
+_RANDOM = ("LCM", "TCD", "Ancestral", "SDE", "DDPM")  # parts of the names of schedulers whose steps are random
+
+
 def timeline(scheduler: Any, first: int) -> Timeline | None:
     """The noise from the step with index ``first`` on.
 
@@ -25,21 +28,15 @@ def timeline(scheduler: Any, first: int) -> Timeline | None:
         first: index into its timesteps, where a trajectory begins (image to image begins later than at 0).
 
     Returns:
-        None where it can't be told: for schedulers that evaluate twice at some noise (Heun), that scale the model's
-        output themselves (EDM), or that keep their noise in a form of their own.
+        None where it can't be told, or does not fall from step to step (Heun evaluates twice at some noise). What is
+        predicted is not told for schedulers that take random steps, or that scale the model's output (EDM).
     """
-    config = getattr(scheduler, "config", {})
     timesteps = scheduler.timesteps
     sigmas = getattr(scheduler, "sigmas", None)
     products = getattr(scheduler, "alphas_cumprod", None)
-    prediction = _PREDICTIONS.get(config.get("prediction_type", "epsilon"))
-    if "FlowMatch" in type(scheduler).__name__ or config.get("use_flow_sigmas", False):
-        prediction = "flow"
-    if prediction is None or hasattr(scheduler, "precondition_outputs"):
-        return None
     if isinstance(sigmas, Tensor) and len(sigmas) >= len(timesteps):
         values = sigmas[first : len(timesteps)].double().tolist()
-        if prediction == "flow":
+        if _is_flow(scheduler):
             values = [value / (1 - value) if value < 1 else float("inf") for value in values]
     elif isinstance(products, Tensor) and not timesteps.is_floating_point():
         kept = products[timesteps[first:].to(products.device)].double().tolist()
@@ -48,4 +45,20 @@ def timeline(scheduler: Any, first: int) -> Timeline | None:
         return None
     if not values or values[-1] <= 0 or not all(a > b for a, b in pairwise(values)):
         return None
-    return Timeline(tuple(values), prediction)
+    return Timeline(tuple(values), _prediction(scheduler))
+
+
+def _is_flow(scheduler: Any) -> bool:
+    return "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("use_flow_sigmas", False)
+
+
+def _prediction(scheduler: Any) -> Prediction | None:
+    config, name = scheduler.config, type(scheduler).__name__
+    if (
+        any(part in name for part in _RANDOM)
+        or config.get("stochastic_sampling", False)
+        or config.get("algorithm_type", "").startswith("sde")
+        or hasattr(scheduler, "precondition_outputs")
+    ):
+        return None
+    return "flow" if _is_flow(scheduler) else _PREDICTIONS.get(config.get("prediction_type", "epsilon"))

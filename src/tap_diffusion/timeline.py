@@ -22,11 +22,11 @@ class Timeline:
         noise: σ/α of the latent x = α x₀ + σ ε that each step starts from, strictly decreasing; the first may be
             infinite. After the last step there is none.
         prediction: what the model predicts: ``flow`` ε - x₀ with α + σ = 1; with α² + σ² = 1 ``epsilon`` ε,
-            ``v_prediction`` α ε - σ x₀, or ``sample`` x₀.
+            ``v_prediction`` α ε - σ x₀, or ``sample`` x₀. None: something else, or the solver takes random steps.
     """
 
     noise: tuple[float, ...]
-    prediction: Prediction
+    prediction: Prediction | None
 
     def __len__(self) -> int:
         return len(self.noise)
@@ -62,8 +62,10 @@ class Timeline:
             step: the full step at the end of the window, s.
 
         Returns:
-            (A_s / B_s + J) Q / (1 - J Q); 0 where no step lies between.
+            (A_s / B_s + J) Q / (1 - J Q); 0 where no step lies between, or it is not known what is predicted.
         """
+        if self.prediction is None:
+            return 0.0
         a, b, j = self._solver
         clock = self.clock
         moved = 0.0

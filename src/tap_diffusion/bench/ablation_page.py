@@ -23,6 +23,11 @@ from tap_diffusion.errors import UsageError
 Results = dict[str, Any]  # of one model, as results.json holds them
 
 GROUPS = {
+    "clock": "The clock on which full steps are evenly spaced and predictors extrapolate: the step's index, the angle"
+    " arctan √(σ/α), and mixtures.",
+    "schedule": "The same number of full steps elsewhere.",
+    "hindsight": "Share of the window's error that the next full step makes up for.",
+    "predictors": "Single predictors for all tokens, and sets of which each token takes one.",
     "orders": "Single orders at the full horizon, and sets of orders to choose from, with the horizon k alone (λ = 0)"
     " and with the paper's window (λ = 4).",
     "horizon span": "Width of the window of horizons {k - λ, …, k}, in steps of δ = 1.",
@@ -61,10 +66,11 @@ def write_page(folders: Sequence[Path], page: Path) -> None:
         parts.append(f"## {group[0].upper()}{group[1:]}\n\n{GROUPS[group]}")
         parts.append(_embedded(_differences_plot(runs, group), page, group))
         parts.append(_differences_table(runs, group))
-    parts += ["## Fidelity", _FIDELITY]
-    for budget in _budgets(runs):
-        parts.append(_embedded(_fidelity_plot(runs, budget), page, f"fidelity {budget}"))
-    parts.append(_fidelity_table(runs))
+    if all(results["fidelity"] for results in runs):
+        parts += ["## Fidelity", _FIDELITY]
+        for budget in _budgets(runs):
+            parts.append(_embedded(_fidelity_plot(runs, budget), page, f"fidelity {budget}"))
+        parts.append(_fidelity_table(runs))
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -96,6 +102,13 @@ truly best and to that of a fixed predictor, order 1 at horizon k. Brackets are 
 samples."""
 
 
+_BASELINES = {
+    "paper": "as the paper has it (arXiv 2603.03792: Taylor orders 0 to 2, λ = 4, δ = 1, cosine, per token), on the"
+    " paper's schedule",
+    "recommended": "as `TAPConfig(full_steps=...)` has it (docs/beyond.md)",
+}
+
+
 def _introduction(runs: Sequence[Results]) -> str:
     listed = ", ".join(
         f"{results['model']} ({results['samples']} samples, {results['steps']} steps)" for results in runs
@@ -105,10 +118,10 @@ def _introduction(runs: Sequence[Results]) -> str:
         cell = next(cell for cell in results["cells"] if cell["method"] == "tap" and cell["budget"] == budget)
         low, high = cell["psnr_ci"]
         values.append([results["model"], str(budget), f"{cell['psnr_db']:.2f} [{low:.2f}, {high:.2f}]"])
+    of = " and ".join(dict.fromkeys(_BASELINES[results["of"]] for results in runs))
     return f"""# Ablations
 
-One thing at a time is changed of TAP as the paper has it (arXiv 2603.03792: Taylor orders 0 to 2, λ = 4, δ = 1, cosine,
-per token), on the paper's schedule. Models: {listed}.
+One thing at a time is changed of TAP {of}. Models: {listed}.
 
 Figures are differences in PSNR to TAP, dB, PSNR being the distance to what the same pipeline draws from the same noise
 with all steps full. They are paired by seed; brackets and bars are 95 % bootstrap intervals of the mean difference:

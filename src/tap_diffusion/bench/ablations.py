@@ -1,10 +1,11 @@
-"""The paper's ablations on the models of the bench, and some that need the truth.
+"""The paper's ablations on the models of the bench, and some that need the truth; the same of the recommended settings.
 
     python -m tap_diffusion.bench.ablations --model emoji --samples 32 --budgets 14,8 --out out/ablations-emoji
+    python -m tap_diffusion.bench.ablations --of recommended --model emoji --samples 32 --out out/beyond-emoji
 
-Each cell changes one thing of TAP as the paper has it, on the paper's schedule, and is compared with it pair by pair.
-The output folder holds one Parquet file per cell, ``results.json``, and a page with plots. What is there is not done
-again.
+Each cell changes one thing of TAP as the paper has it, on the paper's schedule, or of TAP as it is recommended, and is
+compared with it pair by pair. The output folder holds one Parquet file per cell, ``results.json``, and a page with
+plots. What is there is not done again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import exp
 from pathlib import Path
 from statistics import fmean
@@ -35,7 +37,9 @@ from tap_diffusion.bench.models import MODELS, BenchModel
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.engine import Engine
 from tap_diffusion.predictors import Candidate
-from tap_diffusion.schedule import paper_steps
+from tap_diffusion.schedule import even_steps, paper_steps
+from tap_diffusion.timeline import Timeline
+from tap_diffusion.tracking import Call
 
 SOURCE = "arXiv 2603.03792"
 ORDERS: tuple[tuple[int, ...], ...] = ((0, 1), (1, 2), (0, 1, 2), (0, 1, 2, 3))
@@ -58,6 +62,51 @@ class ShiftedEngine(Engine):
 
     def _candidates(self, times: tuple[float, ...], t: float) -> tuple[list[Candidate], Tensor]:
         return super()._candidates(times, t + self._shift)
+
+
+@dataclass(frozen=True)
+class MixedTimeline(Timeline):
+    """A timeline whose clock is another mixture of the noise and the step, or whose hindsight is simpler.
+
+    Attributes:
+        share: of the step; 0.5 is :attr:`Timeline.clock`.
+        heals: whether hindsight takes into account that the full step heals errors.
+    """
+
+    share: float = 0.5
+    heals: bool = True
+
+    @cached_property
+    def clock(self) -> tuple[float, ...]:
+        """As the base class, with the share."""
+        return tuple(
+            2 * (1 - self.share) * half + (2 * self.share - 1) * step for step, half in enumerate(super().clock)
+        )
+
+    @cached_property
+    def _solver(self) -> Any:
+        a, b, slope = super()._solver
+        return a, b, slope if self.heals else 0 * slope
+
+
+class MixedEngine(Engine):
+    """TAP with a :class:`MixedTimeline`, for its schedule, its predictors and hindsight.
+
+    Args:
+        config: see :class:`TAPConfig`.
+        change: attributes of the timeline.
+    """
+
+    def __init__(self, config: TAPConfig, **change: Any) -> None:
+        super().__init__(config)
+        self._change = change
+
+    def begin(self, call: Call) -> bool:
+        """As the base class, with that timeline."""
+        timeline = call.timeline
+        if timeline is not None:
+            timeline = MixedTimeline(timeline.noise, timeline.prediction, **self._change)
+        return super().begin(replace(call, timeline=timeline))
 
 
 class ShuffledEngine(Engine):
@@ -128,20 +177,69 @@ def ablations() -> Iterator[Ablation]:
             yield Ablation("oracle", f"{name}, {granularity}", _oracle(loss=loss, granularity=granularity))
 
 
+def beyond() -> Iterator[Ablation]:
+    """All ablations of the recommended settings, group by group."""
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        label = f"{share:.0%} step, {1 - share:.0%} noise"
+        yield Ablation("clock", label, _plain if share == 0.5 else _mixed(share=share))
+    yield Ablation("schedule", "even on the clock", _plain)
+    for label, steps in _SCHEDULES.items():
+        yield Ablation("schedule", label, _scheduled(steps))
+    for gain in (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0):
+        yield _configured("hindsight", f"{gain:g}", hindsight=gain)
+    yield Ablation("hindsight", "1, as if nothing healed", _mixed(heals=False))
+    for orders in ((0,), (1,), (2,), (3,), *ORDERS):
+        yield _configured("predictors", f"Newton {{{', '.join(map(str, orders))}}}", orders=orders)
+    yield _configured("predictors", "Taylor {0, 1, 2}", family="taylor")
+    yield _configured("predictors", "Taylor {0, 1, 2}, λ = 4", family="taylor", horizon_span=4.0)
+    yield _configured("predictors", "FoCa {2}", family="foca", orders=(2,))
+    for granularity in ("token", "sample", "batch"):
+        yield _configured("granularity", granularity, granularity=granularity)
+    yield Ablation("granularity", "tokens shuffled", _shuffled)
+    yield _configured("probe", "modulated input")
+    yield _configured("probe", "first block", probe="first_block")
+    for name, loss in {"cosine": "cosine", "L2": "l2"}.items():
+        yield _configured("proxy loss", name, loss=loss)
+
+
+_SCHEDULES: dict[str, Callable[[int, int], tuple[int, ...]]] = {
+    "paper": paper_steps,
+    "even": even_steps,
+    "even after 2": lambda steps, count: even_steps(steps, count, warmup=2),
+}
+
+
+def _scheduled(full: Callable[[int, int], tuple[int, ...]]) -> Callable[[TAPConfig], Variant]:
+    def variant(config: TAPConfig) -> Variant:
+        assert config.steps is not None
+        assert isinstance(config.full_steps, int)
+        return on_engine("", replace(config, full_steps=full(config.steps, config.full_steps)))
+
+    return variant
+
+
+def _mixed(**change: Any) -> Callable[[TAPConfig], Variant]:
+    def variant(config: TAPConfig) -> Variant:
+        mixed = on_engine("", config, lambda config: MixedEngine(config, **change))
+        return replace(mixed, settings=mixed.settings | change)
+
+    return variant
+
+
 def _configured(group: str, label: str, **change: Any) -> Ablation:
-    return Ablation(group, label, lambda config: on_engine("paper", replace(config, **change)))
+    return Ablation(group, label, lambda config: on_engine("", replace(config, **change)))
 
 
 def _shifted(shift: int) -> Callable[[TAPConfig], Variant]:
     def variant(config: TAPConfig) -> Variant:
-        shifted = on_engine("paper", config, lambda config: ShiftedEngine(config, shift))
+        shifted = on_engine("", config, lambda config: ShiftedEngine(config, shift))
         return replace(shifted, settings=shifted.settings | {"shift": shift})
 
     return variant
 
 
 def _shuffled(config: TAPConfig) -> Variant:
-    variant = on_engine("paper", config, ShuffledEngine)
+    variant = on_engine("", config, ShuffledEngine)
     return replace(variant, settings=variant.settings | {"shuffled": True})
 
 
@@ -149,8 +247,15 @@ def _oracle(**change: Any) -> Callable[[TAPConfig], Variant]:
     return lambda config: truth.oracle(replace(config, **change))
 
 
-def _tap(steps: int, budget: int) -> TAPConfig:
+def _paper(steps: int, budget: int) -> TAPConfig:
     return TAPConfig.paper(full_steps=paper_steps(steps, budget))
+
+
+def _recommended(steps: int, budget: int) -> TAPConfig:
+    return TAPConfig(full_steps=budget, steps=steps)
+
+
+OF = {"paper": (_paper, ablations), "recommended": (_recommended, beyond)}  # the baseline, and what is changed of it
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -165,7 +270,8 @@ class Ablations(Bench):
         budgets: full evaluations per trajectory that the schedule has. What a look-ahead costs is not counted.
         out: the folder.
         steps: of the full result.
-        chosen: the ablations.
+        of: a key of ``OF``.
+        chosen: the ablations; all of these where none are given.
 
     Raises:
         UsageError: the folder holds a run with other settings.
@@ -178,15 +284,18 @@ class Ablations(Bench):
         budgets: Sequence[int],
         out: Path,
         steps: int = 50,
+        of: str = "paper",
         chosen: Sequence[Ablation] | None = None,
     ) -> None:
-        self.ablations = list(ablations()) if chosen is None else list(chosen)
+        self.of = of
+        base, whole = OF[of]
+        self.ablations = list(whole() if chosen is None else chosen)
         methods: dict[str, Method] = {}
-        names = {_settings(_method(BASELINE, _plain), steps): BASELINE}
-        methods[BASELINE] = _method(BASELINE, _plain)
+        names = {_settings(_method(BASELINE, base, _plain), steps): BASELINE}
+        methods[BASELINE] = _method(BASELINE, base, _plain)
         self._names: list[str] = []  # of each ablation: some are the same in two groups
         for ablation in self.ablations:
-            method = _method(ablation.slug, ablation.variant)
+            method = _method(ablation.slug, base, ablation.variant)
             name = names.setdefault(_settings(method, steps), ablation.slug)
             methods.setdefault(name, method)
             self._names.append(name)
@@ -200,14 +309,15 @@ class Ablations(Bench):
             (variant,) = method.variants(Setting(self.pipe, self.steps, budget, self.calibration))
             self._measure(method, budget, variant)
         self._measure(None, self.steps, None)
-        for budget in tqdm(self.budgets, desc="fidelity", unit="budget"):
+        asked = self.budgets if self.of == "paper" else []
+        for budget in tqdm(asked, desc="fidelity", unit="budget", disable=not asked):
             self._ask(budget)
         cells = [cell for budget in self.budgets for cell in self._cells(budget)]
-        fidelity = [row for budget in self.budgets for row in self._fidelity(budget)]
+        fidelity = [row for budget in asked for row in self._fidelity(budget)]
         write_json(
             self.out / "results.json",
-            {"model": self.model.name, "steps": self.steps, "samples": len(self.measured), "cells": cells,
-             "fidelity": fidelity},
+            {"model": self.model.name, "of": self.of, "steps": self.steps, "samples": len(self.measured),
+             "cells": cells, "fidelity": fidelity},
         )  # fmt: skip
         write_page([self.out], self.out / "ablations.md")
         return cells
@@ -254,7 +364,7 @@ class Ablations(Bench):
         size = self.model.batch
         for first in tqdm(range(0, len(self.measured), size), desc=f"fidelity-{budget}", leave=False):
             conditions = self.measured[first : first + size]
-            with truth.asked(self.pipe, _tap(self.steps, budget)) as engines:
+            with truth.asked(self.pipe, _paper(self.steps, budget)) as engines:
                 run(self.pipe, self.model, None, conditions, first, self.steps)
             for row in (row for engine in engines for row in engine.rows):
                 half, sample = divmod(row["sample"], len(conditions))  # both branches of guidance may be in one batch
@@ -291,11 +401,11 @@ class Ablations(Bench):
 
 
 def _plain(config: TAPConfig) -> Variant:
-    return on_engine("paper", config)
+    return on_engine("", config)
 
 
-def _method(name: str, variant: Callable[[TAPConfig], Variant]) -> Method:
-    return Method(name, "tap", SOURCE, lambda setting: [variant(_tap(setting.steps, setting.budget))])
+def _method(name: str, base: Callable[[int, int], TAPConfig], variant: Callable[[TAPConfig], Variant]) -> Method:
+    return Method(name, "tap", SOURCE, lambda setting: [variant(base(setting.steps, setting.budget))])
 
 
 def _settings(method: Method, steps: int) -> str:
@@ -326,11 +436,14 @@ def main(
     samples: Annotated[int, typer.Option(help="Samples measured in each cell.", min=1)] = 32,
     budgets: Annotated[str, typer.Option(help="Full evaluations per trajectory.")] = "14,8",
     steps: Annotated[int, typer.Option(help="Of the full result.", min=4)] = 50,
+    of: Annotated[str, typer.Option(help=f"What is changed: one of {', '.join(OF)}.")] = "paper",
 ) -> None:
     """Run the ablations on a model of the bench."""
     if model not in MODELS:
         raise typer.BadParameter(f"{model!r} is none of {', '.join(MODELS)}", param_hint="--model")
-    Ablations(MODELS[model](), samples, [int(budget) for budget in budgets.split(",")], out, steps).run()
+    if of not in OF:
+        raise typer.BadParameter(f"{of!r} is none of {', '.join(OF)}", param_hint="--of")
+    Ablations(MODELS[model](), samples, [int(budget) for budget in budgets.split(",")], out, steps, of).run()
 
 
 if __name__ == "__main__":
