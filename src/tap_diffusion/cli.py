@@ -210,6 +210,59 @@ def bench(
     console.print(f"{page.name}, results.json, samples.parquet in {out}", highlight=False, markup=False, soft_wrap=True)
 
 
+@app.command()
+def tune(
+    model: Annotated[
+        str | None,
+        _option(
+            "What", "--model", "-m", help="emoji, fashion, sprites, a pipeline's folder, or a hub id.", default="emoji"
+        ),
+    ] = None,
+    recipe: Annotated[str | None, _option("What", "--recipe", help="As tap bench has it.")] = None,
+    prompt_file: Annotated[
+        Path | None, _option("What", "--prompts", help="File with one prompt a line, for a folder or hub id.")
+    ] = None,
+    dtype: Annotated[DType, _option("What", help="Of a folder or hub id; auto: bfloat16 on a GPU.")] = DType.auto,
+    device: Annotated[
+        str | None, _option("What", help="Of a folder or hub id.", default="cuda where there is one")
+    ] = None,
+    budgets: Annotated[str, _option("What", "--full-steps", help="How many, with commas between.")] = "14,10,8,6",
+    steps: Annotated[int | None, _option("What", help="Denoising steps.", min=3, default="50")] = None,
+    samples: Annotated[int, _option("Search", help="Prompts to search on.", min=1)] = 16,
+    verified: Annotated[int, _option("Search", help="Other prompts to verify on.", min=1)] = 32,
+    evaluations: Annotated[int, _option("Search", help="Schedules to try for each number.", min=1)] = 60,
+    out: Annotated[Path, _option("Output", "--out", "-o", help="Folder for the presets.")] = Path("presets"),
+) -> None:
+    """Plan which steps are full for a model, from a few prompts, and verify it on others.
+
+    Example: tap tune --model emoji --full-steps 8 --out presets, then tap generate --config presets/8.json
+    """
+    try:
+        setup, made = _setup(model, recipe, prompt_file, dtype, device)
+        count = steps or (made.steps if made else 50)
+        wanted = _budgets(budgets)
+        for budget in wanted:
+            if not 2 <= budget < count:
+                raise UsageError(f"{budget} full steps are not between 2 and {count - 1}, one less than the steps")
+        _make_writable(out)
+        from tap_diffusion.bench.tune import Tuning
+
+        rows = Tuning(setup, count, wanted, out, samples, verified, evaluations).run()
+    except (ConfigError, UnsupportedModelError, UsageError) as error:
+        raise _failed(error) from None
+    except KeyboardInterrupt:
+        Console(stderr=True).print(f"Interrupted. What is done is in {escape(str(out))}; the same call goes on there.")
+        raise typer.Exit(130) from None
+    table = Table("full steps", "planned", "recommended, dB", "planned, dB", "gain [95 %]", "kept")
+    for row in rows:
+        low, high = row.get("gain_ci", (0.0, 0.0))
+        shown = [f"{row[name]:.2f}" if name in row else "–" for name in ("recommended_db", "planned_db")]
+        gain = f"{row['gain_db']:+.2f} [{low:+.2f}, {high:+.2f}]"
+        table.add_row(str(row["budget"]), " ".join(map(str, row["planned"])), *shown, gain, row["kept"])
+    console.print(table)
+    console.print(f"presets {', '.join(f'{budget}.json' for budget in wanted)} in {out}", highlight=False)
+
+
 def _setup(
     model: str | None, recipe: str | None, prompt_file: Path | None, dtype: DType, device: str | None
 ) -> tuple[BenchModel, Recipe | None]:

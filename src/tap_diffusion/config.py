@@ -37,7 +37,8 @@ class TAPConfig:
         interval: the paper's N: after the ``warmup`` one step in this many is full; 1: every step.
         warmup: full steps at the start of each trajectory, with ``interval``.
         steps: length of a trajectory, for a transformer by itself, whose scheduler TAP doesn't know. Without it
-            ``speedup`` means an ``interval`` of as much, rounded.
+            ``speedup`` means an ``interval`` of as much, rounded. Beside a tuple of ``full_steps``: the length that
+            they are for; another is an error.
         clock: time in which predictors extrapolate, and on which full steps are evenly spaced: the ``step``, as in
             the paper, or what the scheduler's ``noise`` says about the pace at which features change
             (:attr:`Timeline.clock <tap_diffusion.timeline.Timeline.clock>`); the step where it says nothing.

@@ -26,9 +26,15 @@ def plan(config: TAPConfig, steps: int | None, timeline: Timeline | None) -> Cal
         A function of the step, counted from the start of the trajectory.
 
     Raises:
-        ConfigError: a number of full steps is asked for, and nobody knows of how many steps.
+        ConfigError: a number of full steps is asked for, and nobody knows of how many steps; or the full steps are
+            for another number of steps.
     """
     if isinstance(config.full_steps, tuple):
+        if config.steps is not None and steps is not None and steps != config.steps:
+            raise ConfigError(
+                f"these full steps are for trajectories of {config.steps} steps, and this one has {steps}: plan them"
+                " anew (`tap tune`), or give their number, TAPConfig(full_steps=...)"
+            )
         return frozenset(config.full_steps).__contains__
     steps = steps or config.steps
     interval = config.interval
