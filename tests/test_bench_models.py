@@ -19,7 +19,7 @@ from tap_diffusion.config import TAPConfig
 LEAST = {
     "emoji": ("caption_retrieval", 0.75),
     "fashion": ("classifier_accuracy", 0.75),
-    "sprites": ("caption_accuracy", 0.5),
+    "sprites": ("caption_accuracy", 0.7),
 }
 
 

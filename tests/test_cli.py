@@ -18,8 +18,8 @@ from tap_diffusion.cli import app
 from tiny import build_pipeline
 
 
-def run(*arguments: Any) -> Any:
-    return CliRunner().invoke(app, ["generate", *map(str, arguments)])
+def run(*arguments: Any, command: str = "generate") -> Any:
+    return CliRunner().invoke(app, [command, *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +183,38 @@ def test_a_run_without_predicted_steps_warns(model: Path, tmp_path: Path) -> Non
     assert json.loads((tmp_path / "report.json").read_text())["predicted_step_ms"] is None
     assert not (tmp_path / "choices.png").exists()
     assert torch.is_grad_enabled()
+
+
+# ----------------------------------------------------------------------------------------------------------------- tune
+
+
+def test_tune_writes_a_preset_that_generate_takes(model: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("red apple\ngreen frog face\nblue book\n")
+    arguments = ["--steps", 8, "--full-steps", 3, "--samples", 1, "--verified", 1, "--evaluations", 3]
+    result = run("--model", model, "--prompts", prompts, *arguments, "--out", tmp_path / "presets", command="tune")
+    assert result.exit_code == 0, result.output
+    assert "presets 3.json in" in result.output.replace("\n", " ")
+    preset = tmp_path / "presets" / "3.json"
+    out = tmp_path / "out"
+    result = run("red apple", "--model", model, "--steps", 8, "--config", preset, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert json.loads((out / "report.json").read_text())["full_steps"] == 3
+    result = run("red apple", "--model", model, "--steps", 9, "--config", preset, "--out", out)
+    assert result.exit_code == 2
+    assert "these full steps are for trajectories of 8 steps, and this one has 9" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--full-steps", "8,x"], "are not integers with commas between"),
+        (["--full-steps", "50"], "50 full steps are not between 2 and 49"),
+        (["--model", "nonsense"], "unknown model 'nonsense'"),
+        (["--prompts", "x.txt"], "--prompts is for a folder or hub id"),
+    ],
+)
+def test_tune_refuses_what_it_can_t_do(arguments: list[Any], words: str) -> None:
+    result = run(*arguments, command="tune")
+    assert result.exit_code == 2
+    assert words in result.stderr
