@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import torch
 from hypothesis import given
@@ -71,3 +73,31 @@ def test_differences_are_formed_before_they_are_rounded() -> None:
     torch.testing.assert_close(history.residual[1].float(), 0.5e-4 * change, rtol=1e-2, atol=1e-7)
     assert history.nbytes == 2 * feature.numel() * 2
     assert history.fits(feature)
+
+
+def test_parked_differences_are_on_the_host_alone_and_come_back_as_they_were() -> None:
+    history = History(capacity=3)
+    for time in range(3):
+        history.add(time, torch.randn(1, 4, 2), torch.randn(1, 4, 3))
+    kept = [d.clone() for d in (*history.residual, *history.probe)]
+    held = [weakref.ref(d) for d in (*history.residual, *history.probe)]
+    gram = history.gram.clone()
+    history.park()
+    assert history.nbytes == 0
+    assert not any(reference() for reference in held)
+    history.park()
+    assert all(torch.equal(one, other) for one, other in zip((*history.residual, *history.probe), kept, strict=True))
+    assert torch.equal(history.gram, gram)
+    assert history.nbytes == sum(d.nbytes for d in kept) + gram.nbytes
+
+
+def test_an_anchor_that_comes_while_others_are_parked() -> None:
+    features = [torch.randn(1, 4, 2) for _ in range(4)]
+    histories = [History(capacity=3), History(capacity=3)]
+    for time, feature in enumerate(features):
+        for history, parks in zip(histories, (False, True), strict=True):
+            if parks:
+                history.park()
+            history.add(time, feature, -feature)
+    for kind in ("residual", "probe"):
+        assert torch.equal(*(torch.stack(getattr(history, kind)) for history in histories))

@@ -30,6 +30,7 @@ def test_paper_is_the_paper() -> None:
         "granularity": "token",
         "probe": "modulated_input",
         "cache_dtype": "model",
+        "offload": None,
     }
 
 
@@ -68,6 +69,7 @@ def test_paper_is_the_paper() -> None:
         ("granularity", "pixel", "token, sample, batch"),
         ("probe", "second_block", "modulated_input, first_block"),
         ("cache_dtype", "int8", "model, float32, bfloat16, float16"),
+        ("offload", "disk", "None or 'cpu'"),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(field: str, value: Any, allowed: str) -> None:

@@ -23,7 +23,7 @@ import tap_diffusion as tap
 from tap_diffusion.schedule import full_steps
 from tiny import engine_of, interrupt_at
 from zoo import CASES, Conditions, build, denoise, evaluate, start
-from zoo.checks import A_LITTLE_LATER, CONFIG, INTERVAL, REUSE, WARMUP
+from zoo.checks import A_LITTLE_LATER, CONFIG, INTERVAL, REUSE, WARMUP, blocks_of
 
 pytestmark = pytest.mark.slow
 FAMILIES = pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel"])
@@ -214,6 +214,22 @@ def test_cache_in_another_dtype(name: str) -> None:
         assert tap.report(model).cache_bytes < 0.7 * bytes_in_float32
     assert not torch.equal(result, expected)
     assert (result - expected).norm() < 0.3 * (expected - plain).norm()
+
+
+@FAMILIES
+@pytest.mark.parametrize("branches", [(0,), (1, 2)])
+def test_offloaded_cache(name: str, branches: tuple[int, ...]) -> None:
+    """The same bits, and nothing on the device while a full step runs its depth."""
+    model, case = build(name), CASES[name]
+    with tap.enabled(model, CONFIG):
+        expected = denoise(model, case, branches=branches)
+    held: list[int] = []
+    blocks_of(name, model)[-1].register_forward_pre_hook(lambda *_: held.append(engine_of(model).cache_bytes))
+    with tap.enabled(model, dataclasses.replace(CONFIG, offload="cpu")):
+        results = denoise(model, case, branches=branches)
+        assert tap.report(model).cache_bytes > 0
+    assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))
+    assert set(held) == {0}
 
 
 @FAMILIES

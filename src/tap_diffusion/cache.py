@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,10 @@ class History:
     The differences of a new anchor follow from those of the last one alone, so ``capacity`` tensors of each kind
     hold everything that weights over ``capacity`` anchors can ask for. They are formed in float32 or better.
 
+    Attributes:
+        times: of the anchors, newest first.
+        probe, residual: differences at the newest anchor, on the device of the features.
+
     Args:
         capacity: anchors to remember, at least the largest order plus one.
         dtype: to keep the differences in; None keeps that of the features.
@@ -23,8 +29,9 @@ class History:
         self.capacity = capacity
         self.dtype = dtype
         self.times: list[float] = []
-        self.probe: list[Tensor] = []
-        self.residual: list[Tensor] = []
+        self._probe: list[Tensor] = []
+        self._residual: list[Tensor] = []
+        self._parked: tuple[list[Tensor], list[Tensor]] | None = None  # copies of both in host memory
         self._gram: Tensor | None = None
         self._kind: tuple[object, ...] = ()
 
@@ -38,11 +45,35 @@ class History:
         """
         span = time - self.times[0] if self.times else 0.0
         self._kind = _kind(residual)
-        self.residual = self._advance(self.residual, residual, span)
+        advanced = self._advance(self.residual, residual, span)
         if probe is not None:
-            self.probe = self._advance(self.probe, probe, span)
+            self._probe = self._advance(self.probe, probe, span)
+        self._residual, self._parked = advanced, None
         self.times = [time, *self.times][: self.capacity]
         self._gram = None
+
+    @property
+    def probe(self) -> list[Tensor]:
+        """Differences of the probe features."""
+        self._fetch()
+        return self._probe
+
+    @property
+    def residual(self) -> list[Tensor]:
+        """Differences of the residuals."""
+        self._fetch()
+        return self._residual
+
+    def park(self) -> None:
+        """Hold the differences in host memory alone, until they are asked for."""
+        if self._parked is None:
+            self._parked = [_to_host(d) for d in self._probe], [_to_host(d) for d in self._residual]
+        self._probe, self._residual, self._gram = [], [], None
+
+    def _fetch(self) -> None:
+        if self._parked is not None and not self._residual:
+            device: Any = self._kind[-1]
+            self._probe, self._residual = ([d.to(device, non_blocking=True) for d in kind] for kind in self._parked)
 
     def _advance(self, old: list[Tensor], newest: Tensor, span: float) -> list[Tensor]:
         precision = torch.promote_types(newest.dtype, torch.float32)
@@ -67,9 +98,15 @@ class History:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors held."""
-        tensors = [*self.probe, *self.residual, *([] if self._gram is None else [self._gram])]
+        """Bytes of all tensors held, but for those in host memory alone."""
+        tensors = [*self._probe, *self._residual, *([] if self._gram is None else [self._gram])]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy in host memory, pinned where that lets it be made without waiting for the device."""
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    return copy.copy_(tensor, non_blocking=True)
 
 
 def _kind(features: Tensor) -> tuple[object, ...]:

@@ -61,6 +61,8 @@ class TAPConfig:
             ``first_block`` adds to the hidden states (dearer: it runs the whole block).
         cache_dtype: of the cache; ``model`` is that of the hidden states. Differences are formed in float32 or better
             whatever it is.
+        offload: ``cpu`` keeps the cache in host memory (pinned, beside a GPU) while full steps run, whose activations
+            are what a GPU's memory must suffice for. It costs about two transfers of the cache for each full call.
 
     Raises:
         ConfigError: a value is not allowed.
@@ -82,6 +84,7 @@ class TAPConfig:
     granularity: Granularity = "token"
     probe: Probe = "modulated_input"
     cache_dtype: CacheDType = "model"
+    offload: Literal["cpu"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("orders", "full_steps"):
@@ -130,6 +133,7 @@ class TAPConfig:
         self._require("granularity", self.granularity in get_args(Granularity), _one_of(get_args(Granularity)))
         self._require("probe", self.probe in get_args(Probe), _one_of(get_args(Probe)))
         self._require("cache_dtype", self.cache_dtype in get_args(CacheDType), _one_of(get_args(CacheDType)))
+        self._require("offload", self.offload in (None, "cpu"), "None or 'cpu'")
 
     def _require(self, field: str, valid: bool, allowed: str) -> None:
         if not valid:

@@ -136,6 +136,13 @@ class Engine:
         """Bytes that the histories hold now."""
         return sum(history.nbytes for branch in self._histories.values() for history in branch.values())
 
+    @uncompiled
+    def park(self) -> None:
+        """Before a full call: move all histories to host memory, where the configuration wants it."""
+        if self.config.offload:
+            for history in (history for branch in self._histories.values() for history in branch.values()):
+                history.park()
+
     # --------------------------------------------------------------------------------------------------- the two kinds
 
     def record(self, call: Call, before: Tensor, after: Tensor, probe: Tensor | None, stream: str = "") -> None:

@@ -104,6 +104,7 @@ class TAPHook(ModelHook):
         """Run the model's own forward and record probe features and residuals."""
         if not self.engine.config.predicts:
             return self.fn_ref.original_forward(*args, **kwargs)
+        self.engine.park()
         before: dict[str, tuple[Tensor, Tensor | None]] = {}
 
         def enter(arguments: dict[str, Any], output: Any) -> None:
