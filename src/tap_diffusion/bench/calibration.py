@@ -82,11 +82,12 @@ class Calibration:
             run(self.pipe, self.model, variant, self.model.calibration[:1], SEED, self.steps)
         return seen[0] if seen else None
 
-    def run(self, variant: Variant | None) -> tuple[Drawn, float]:
-        """The calibration samples, and the mean number of full steps; None runs the plain pipeline."""
+    def run(self, variant: Variant | None, samples: int | None = None) -> tuple[Drawn, float]:
+        """The first calibration samples or all, and the mean number of full steps; None runs the plain pipeline."""
         counts = Counts()
-        drawn = run_all(self.pipe, self.model, variant, self.model.calibration, SEED, self.steps, counts)
-        batches = -(-len(self.model.calibration) // self.model.batch)
+        conditions = self.model.calibration[:samples]
+        drawn = run_all(self.pipe, self.model, variant, conditions, SEED, self.steps, counts)
+        batches = -(-len(conditions) // self.model.batch)
         return drawn, counts.full / self.calls_per_step / batches
 
     def quality(self, variant: Variant) -> tuple[float, float]:
@@ -98,7 +99,7 @@ class Calibration:
     def threshold(
         self, name: str, of: Callable[[float], Variant], budget: int, low: float, high: float, rounds: int = 10
     ) -> float:
-        """The threshold with which a method's mean number of full steps comes closest to the budget.
+        """The threshold with which a method's number of full steps comes closest to the budget, on the first batch.
 
         Args:
             name: of what is tuned, under which the threshold is kept.
@@ -112,7 +113,7 @@ class Calibration:
             below, above, found = low, high, []
             for _ in range(rounds):
                 middle = (below * above) ** 0.5
-                full_steps = self.run(of(middle))[1]
+                full_steps = self.run(of(middle), self.model.batch)[1]
                 found.append((abs(full_steps - budget), middle))
                 if full_steps == budget:
                     break
