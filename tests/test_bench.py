@@ -28,7 +28,7 @@ from tap_diffusion.bench import judges, metrics, recipes, scores
 from tap_diffusion.bench.bench import Bench, Suite
 from tap_diffusion.bench.calibration import SEED, Calibration
 from tap_diffusion.bench.counting import counted, flops, live_bytes
-from tap_diffusion.bench.methods import Method, Variant, load, on_engine, registry, schedules
+from tap_diffusion.bench.methods import Method, Variant, load, on_engine, planned, registry, schedules
 from tap_diffusion.bench.methods.solvers import AdamsBashforth2Scheduler
 from tap_diffusion.bench.methods.spectrum import growing
 from tap_diffusion.bench.models import BenchModel, any_pipeline, draw
@@ -195,7 +195,8 @@ def test_every_schedule_has_no_more_full_steps_than_the_budget() -> None:
 
 
 @pytest.mark.parametrize("name", [m.name for m in registry().values() if m.kind in ("tap", "rival")])
-def test_methods_on_the_engine_keep_to_the_budget(name: str) -> None:
+def test_methods_on_the_engine_keep_to_the_budget(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planned, "EVALUATIONS", 3)
     pipe = build_pipeline()
     calibration = Calibration(pipe, tiny_model(calibration=["red book"]), STEPS)
     plain = calibration.full

@@ -57,7 +57,7 @@ def test_looking_back_is_neither_a_step_nor_a_choice(pipe: Any) -> None:
         assert (report.steps, report.full_steps, report.fallbacks) == (STEPS, 5, {})
         assert blocks == [5]
         full = [step for step, is_full, _ in report.calls if is_full]
-        chosen = [step for step in range(full[1], STEPS) if step not in full]  # before, there is one candidate
+        chosen = [step for step in range(full[2], STEPS) if step not in full]  # before, there is one candidate
         assert [choice.step for choice in report.choices] == chosen
         assert engine_of(pipe.transformer).cache_bytes == 0
         assert torch.equal(sample(pipe, steps=STEPS), first)

@@ -160,7 +160,7 @@ def bench(
         str | None, _option("What", help="Of a folder or hub id.", default="cuda where there is one")
     ] = None,
     suite: Annotated[
-        SuiteName, _option("What", help="quick: minutes, a few methods; standard: all; paper: more samples.")
+        SuiteName, _option("What", help="quick: minutes, a few methods; standard: nearly all; paper: more samples.")
     ] = SuiteName.quick,
     methods: Annotated[
         list[str] | None,
@@ -302,7 +302,7 @@ def _run_bench(
     steps: int | None, out: Path, command: list[str],
 ) -> None:  # fmt: skip
     from tap_diffusion.bench.bench import SUITES, Bench
-    from tap_diffusion.bench.methods import load, registry
+    from tap_diffusion.bench.methods import Method, load, registry
 
     model, recipe = setup
     does = SUITES[suite]
@@ -311,10 +311,10 @@ def _run_bench(
     for budget in budgets:
         if not 2 <= budget < steps:
             raise UsageError(f"budget {budget} is not between 2 and {steps - 1}, one less than the steps")
-    methods = known = registry()
+    known = registry()
     names = [name for item in given or () for name in item.split(",")]
+    methods: dict[str, Method] = {}
     if given is not None:
-        methods = {}
         for name in names:
             if name.endswith(".py"):
                 own = load(Path(name))
@@ -327,6 +327,8 @@ def _run_bench(
                 raise UsageError(f"unknown method '{name}': give a FILE.py or some of {', '.join(known)}")
     elif does.methods is not None:
         methods = {name: known[name] for name in does.methods}
+    else:
+        methods = {name: method for name, method in known.items() if not method.only_by_name}
     _make_writable(out)
     run = Bench(model, methods, does, budgets, out, steps)
     command = ["tap", "bench", *command, "--suite", suite.value]

@@ -76,7 +76,7 @@ class TAPConfig:
     clock: Clock = "noise"
     hindsight: float = 1.0
     family: str = "newton"
-    orders: tuple[int, ...] = (0, 1, 2)
+    orders: tuple[int, ...] = (1, 2)
     history: int | None = None
     horizon_span: float = 0.0
     horizon_step: float = 1.0

@@ -26,6 +26,7 @@ from tap_diffusion.errors import UsageError
 from tap_diffusion.schedule import clock_steps
 
 RADII = (3, 1)  # steps by which a full step is moved
+EVALUATIONS = 60  # schedules tried for each budget
 
 
 def search(
@@ -78,7 +79,7 @@ class Tuning:
     out: Path
     samples: int = 16
     verified: int = 32
-    evaluations: int = 60
+    evaluations: int = EVALUATIONS
 
     def run(self) -> list[dict[str, Any]]:
         """Search, verify, write the presets; return what ``report.json`` holds, a row for each budget.

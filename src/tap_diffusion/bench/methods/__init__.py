@@ -71,12 +71,14 @@ class Method:
         kind: ``tap``; ``rival``: on the same engine; ``peer``: another package as it is; ``solver``: fewer steps.
         source: paper or package.
         variants: all that are worth a try, or none where the method can't do what the setting asks.
+        only_by_name: so dear to tune that no suite includes it.
     """
 
     name: str
     kind: Kind
     source: str
     variants: Callable[[Setting], Iterable[Variant]]
+    only_by_name: bool = False
 
 
 def schedules(setting: Setting) -> dict[str, tuple[int, ...]]:
@@ -144,6 +146,7 @@ def registry() -> dict[str, Method]:
         first_block_cache,
         forecasters,
         magcache,
+        planned,
         solvers,
         spectrum,
         tap,
@@ -151,7 +154,7 @@ def registry() -> dict[str, Method]:
     )
 
     rivals = (forecasters, spectrum, teacache, first_block_cache, magcache, dicache, dpcache)
-    modules = (tap, *rivals, diffusers_caches, cachedit, solvers)
+    modules = (tap, *rivals, planned, diffusers_caches, cachedit, solvers)
     return {method.name: method for module in modules for method in module.METHODS}
 
 

@@ -1,0 +1,48 @@
+"""Full steps that were searched for, for one budget, by what they do to the final picture of the calibration samples.
+
+TAP as ``tap tune`` plans it, and TaylorSeer on full steps found in the same way, so that the search is not all that is
+compared. The idea is BudCache's, the search our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from tap_diffusion.bench.methods import Kind, Method, Setting, Variant, on_engine
+from tap_diffusion.bench.tune import EVALUATIONS, search
+from tap_diffusion.config import TAPConfig
+from tap_diffusion.schedule import clock_steps, even_steps
+
+
+def _planned(name: str, kind: Kind, source: str, configs: dict[str, Callable[..., TAPConfig]]) -> Method:
+    def variants(setting: Setting) -> Iterator[Variant]:
+        calibration, steps = setting.calibration, setting.steps
+        timeline = calibration.timeline
+        start = even_steps(steps, setting.budget) if timeline is None else clock_steps(timeline.clock, setting.budget)
+        for label, config in configs.items():
+
+            def plan(label: str = label, config: Callable[..., TAPConfig] = config) -> tuple[int, ...]:
+                def quality(full_steps: tuple[int, ...]) -> float:
+                    return calibration.quality(on_engine(label, config(full_steps=full_steps)))[0]
+
+                return search(quality, start, steps, EVALUATIONS)
+
+            full = calibration.fitted("-".join([name, *label.split(), str(setting.budget)]), plan)
+            yield on_engine(label, config(full_steps=tuple(full)))
+
+    return Method(name, kind, source, variants, only_by_name=True)
+
+
+def _taylor(order: int) -> Callable[..., TAPConfig]:
+    return lambda full_steps: TAPConfig.paper(full_steps=full_steps, orders=(order,), horizon_span=0.0)
+
+
+METHODS = [
+    _planned("tap-planned", "tap", "docs/beyond.md", {"planned": TAPConfig}),
+    _planned(
+        "taylorseer-planned",
+        "rival",
+        "TaylorSeer, arXiv 2503.06923, on full steps searched as BudCache does",
+        {f"planned, order {order}": _taylor(order) for order in (1, 2)},
+    ),
+]
