@@ -30,7 +30,8 @@ class Prediction(NamedTuple):
     Attributes:
         hidden_states: x + r̂, (B, N, D) in the dtype of x.
         choice: each token's candidate, (B, N) uint8.
-        doubt: whether a value of the probe or the prediction is not finite; a bool tensor without dimensions.
+        doubt: whether a value of the prediction, or the squared distance of a token's probe from its anchor, is not
+            finite; a bool tensor without dimensions.
     """
 
     hidden_states: Tensor
@@ -108,7 +109,9 @@ def runs_triton(device: torch.device) -> bool:
         _fused().gram_matrix([torch.zeros(1, 1, 1, device=device)])
     except Exception as error:  # whatever is missing: a C compiler, a newer version
         warnings.warn(
-            f"TAP predicts in plain PyTorch, since its Triton kernels fail on {device}: {error}", TAPWarning, stacklevel=2
+            f"TAP predicts in plain PyTorch, since its Triton kernels fail on {device}: {error}",
+            TAPWarning,
+            stacklevel=2,
         )
         return False
     return True

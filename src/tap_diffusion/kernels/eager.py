@@ -15,13 +15,13 @@ from torch import Tensor
 from tap_diffusion import selection
 from tap_diffusion.config import Loss
 
-CHUNK = 2**19  # elements of each tensor that a thread works on at a time
+CHUNK = 2**18  # elements of each tensor that a thread works on at a time
 
 
 def proxy_losses(
     probe: Tensor, differences: Sequence[Tensor], gram: Tensor | None, coefficients: Tensor, loss: Loss
 ) -> tuple[Tensor, Tensor]:
-    """Losses of all candidates, (K, B, N), and whether a value of the probe is not finite.
+    """Losses of all candidates, (K, B, N), and whether the probe's distance from its anchor is not finite.
 
     Args:
         probe, differences, coefficients, loss: as for :func:`tap_diffusion.kernels.predict`.
@@ -29,14 +29,13 @@ def proxy_losses(
     """
     if gram is None:
         return selection.proxy_losses(probe, differences, coefficients, loss), ~selection.all_finite(probe)
-    products, finite = [], []
-    for tokens in _chunks(probe):
-        h = probe[:, tokens]
-        products.append(selection.inner_products(h, [difference[:, tokens] for difference in differences]))
-        finite.append(selection.all_finite(h))
+    products = [
+        selection.inner_products(probe[:, tokens], [difference[:, tokens] for difference in differences])
+        for tokens in _chunks(probe)
+    ]
     d_squared, g = (torch.cat(parts, dim=1) for parts in zip(*products, strict=True))
     losses = selection.losses_of_products(d_squared, g, gram, coefficients, loss)
-    return losses, ~torch.stack(finite).all()
+    return losses, ~selection.all_finite(d_squared)
 
 
 def combine(

@@ -55,20 +55,17 @@ def _losses(
     gram += program * H * H
 
     h = _row(probe, probe_strides, sample, token, column, D)
-    tl.store(doubt + 0 * column, True, mask=_is_finite(h) == 0)
     newest = _row(differences[0], difference_strides[0], sample, token, column, D)
     d = h - newest
     d_squared = tl.sum(d * d, 0)
+    tl.store(doubt, True, mask=_is_finite(d_squared) == 0)
     g_0 = tl.sum(d * newest, 0)
 
     linear = tl.zeros((KS,), tl.float32)  # c'·g
     forward = tl.zeros((KS,), tl.float32)  # c'·⟨D_0, D⟩
     quadratic = tl.zeros((KS,), tl.float32)  # c'ᵀGc'
     for i in tl.static_range(H):
-        if i == 0:
-            g = g_0
-        else:
-            g = tl.sum(d * _row(differences[i], difference_strides[i], sample, token, column, D), 0)
+        g = g_0 if i == 0 else tl.sum(d * _row(differences[i], difference_strides[i], sample, token, column, D), 0)
         c = tl.load(rows + i, mask=candidate < K, other=0.0)
         linear += c * g
         forward += c * tl.load(gram + i)
@@ -104,7 +101,7 @@ def _combine(
         predicted += _row(residuals[i], residual_strides[i], sample, token, column, D) * tl.load(row + i)
     stored = (x + predicted).to(result.dtype.element_ty)
     finite = _is_finite(stored.to(tl.float32))
-    tl.store(doubt + 0 * column, True, mask=finite == 0)
+    tl.store(doubt, True, mask=tl.min(finite.to(tl.int32), 0) == 0)
     if MEND:
         stored = tl.where(finite, stored, (x + newest).to(result.dtype.element_ty))
     tl.store(result + program * D + column, stored, mask=column < D)
