@@ -41,7 +41,9 @@ class Grid:
     @property
     def positions(self) -> Tensor:
         """Of FLUX's packed tokens, (height · width / 4, 3)."""
-        axes = [torch.arange(size, dtype=self.dtype, device=self.device) for size in (self.height // 2, self.width // 2)]
+        axes = [
+            torch.arange(size, dtype=self.dtype, device=self.device) for size in (self.height // 2, self.width // 2)
+        ]
         return torch.cartesian_prod(torch.zeros_like(axes[0][:1]), *axes)
 
 
@@ -173,7 +175,10 @@ class RandomPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def __call__(
-        self, num_inference_steps: int = 50, generator: Any = None, output_type: str = "latent"
+        self,
+        num_inference_steps: int = 50,
+        generator: Any = None,
+        output_type: str = "latent",  # noqa: ARG002
     ) -> ImagePipelineOutput:
         """Run one trajectory; ``output_type`` is what other pipelines have, and is ignored."""
         transformer, scheduler = self.transformer, self.scheduler
@@ -216,7 +221,7 @@ def build(
     Raises:
         UsageError: there is no such size, it can't be had in this shape, or its weights don't fit in memory.
     """
-    size = _size(name)
+    size = get(name)
     height, width, frames = height or size.height, width or size.width, frames or size.frames
     if height % 16 or width % 16:
         raise UsageError(f"{height}x{width} can't be done by {name}: height and width must be multiples of 16")
@@ -233,7 +238,8 @@ def build(
     return pipe
 
 
-def _size(name: str) -> Size:
+def get(name: str) -> Size:
+    """One of ``SIZES``. Raises UsageError where there is none of this name."""
     if name not in SIZES:
         raise UsageError(f"unknown size '{name}': give one of {', '.join(SIZES)}")
     return SIZES[name]
@@ -241,7 +247,7 @@ def _size(name: str) -> Size:
 
 def skeleton(name: str, blocks: int | None = None, height: int | None = None) -> Any:
     """The transformer of a size without its weights: parameters on the meta device, buffers as they are."""
-    size = _size(name)
+    size = get(name)
     config = size.config | {kind: min(count, blocks or count) for kind, count in size.blocks.items()}
     if "sample_size" in config and height is not None:
         config["sample_size"] = height // 8  # other sizes make positions anew at each step
@@ -255,10 +261,8 @@ def _transformer(
     model = skeleton(name, blocks, height).eval().requires_grad_(False)
     dtypes = {key: _stored(model, key, dtype) for key, _ in model.named_parameters()}
     needed = sum(parameter.numel() * dtypes[key].itemsize for key, parameter in model.named_parameters())
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
     if needed > free:
         raise UsageError(
             f"the weights of {name} take {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')}, and {device} has"

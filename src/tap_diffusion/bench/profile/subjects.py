@@ -1,0 +1,62 @@
+"""What can be profiled: transformers of true size with random weights, and pipelines with their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tap_diffusion.bench.models import MODELS, draw
+from tap_diffusion.bench.profile import sizes
+from tap_diffusion.generate import load_pipeline
+from tap_diffusion.integrations.api import transformers
+from tap_diffusion.integrations.models import SPECS
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is profiled: a pipeline, and how to run it once with a number of steps."""
+
+    name: str
+    pipe: Any
+    run: Callable[[int], Any]
+
+    @property
+    def device(self) -> torch.device:
+        """Of the transformer."""
+        return next(transformers(self.pipe)[0].parameters()).device
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """How many blocks each list of the first transformer has."""
+        transformer: Any = transformers(self.pipe)[0]
+        return {name: len(transformer.get_submodule(name)) for name in SPECS[type(transformer).__name__].blocks}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of most of the transformer's weights."""
+        transformer: Any = transformers(self.pipe)[0]
+        dtype: torch.dtype = transformer.dtype
+        return dtype
+
+
+def of_size(name: str, dtype: torch.dtype, device: str, **shape: int | None) -> Subject:
+    """A transformer of true size with random weights, see :func:`tap_diffusion.bench.sizes.build`."""
+    pipe = sizes.build(name, dtype, device, **shape)
+    return Subject(name, pipe, lambda steps: pipe(num_inference_steps=steps))
+
+
+def of_model(name: str, dtype: torch.dtype, device: str, batch: int | None = None) -> Subject:
+    """A model of the bench, or any pipeline that takes a prompt, by folder or hub id."""
+    if name in MODELS:
+        model = MODELS[name]()
+        conditions, pipe = model.measured[: batch or model.batch], model.load().to(device, dtype)
+        run = lambda steps: draw(pipe, model, conditions, 0, num_inference_steps=steps)  # noqa: E731
+    else:
+        pipe = load_pipeline(name, dtype, device)
+        prompts = ["a lighthouse in a storm"] * (batch or 1)
+        run = lambda steps: pipe(prompt=prompts, num_inference_steps=steps, output_type="latent")  # noqa: E731
+    pipe.set_progress_bar_config(disable=True)
+    return Subject(name, pipe, run)
