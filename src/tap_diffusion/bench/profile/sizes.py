@@ -155,6 +155,18 @@ SIZES = {
         lambda grid: {"encoder_hidden_states": grid.randn(512, 4096)},
         height=480, width=832, frames=81,
     ),
+    "tiny": Size(  # no model, but a FLUX that is small enough to try things out
+        "FluxTransformer2DModel",
+        {"num_attention_heads": 2, "attention_head_dim": 16, "joint_attention_dim": 16, "pooled_projection_dim": 16,
+         "axes_dims_rope": (4, 6, 6)},
+        {"num_layers": 2, "num_single_layers": 2},
+        _packed,
+        lambda grid: {
+            "encoder_hidden_states": grid.randn(6, 16), "pooled_projections": grid.randn(16),
+            "img_ids": grid.positions, "txt_ids": grid.positions.new_zeros(6, 3),
+        },
+        time=1.0, height=64, width=64, batch=2,
+    ),
 }  # fmt: skip
 
 
