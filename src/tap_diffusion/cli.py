@@ -361,6 +361,9 @@ def profile(
     steps: Annotated[int, _option("How", help="Denoising steps.", min=6)] = 50,
     full_steps: Annotated[int, _option("How", help="How many of them are full.", min=2)] = 8,
     repeats: Annotated[int, _option("How", help="Trajectories that are timed.", min=1)] = 3,
+    processor_time: Annotated[
+        bool, _option("How", "--processor-time", help="Not time on the clock, for a CPU that others use too.")
+    ] = False,
     scaling: Annotated[
         bool, _option("How", "--scaling", help="How time and cache grow with tokens and depth, instead.")
     ] = False,
@@ -385,13 +388,15 @@ def profile(
             from tap_diffusion.bench.profile import report as reports
             from tap_diffusion.bench.profile.subjects import of_model, of_size
         weights, placed = _placement(dtype, device)
+        if processor_time and placed != "cpu":
+            raise UsageError("--processor-time is for a CPU; a GPU keeps its own time")
         config = TAPConfig(full_steps=full_steps)
         with reports.enough_memory():
             if scaling:
                 assert size is not None
                 reports.write_scaling(
                     out, size, weights, placed, config, blocks, height=height, width=width, frames=frames, batch=batch,
-                    show=console.print,
+                    processor_time=processor_time, show=console.print,
                 )  # fmt: skip
             else:
                 if size is not None:
@@ -400,6 +405,7 @@ def profile(
                     )
                 else:
                     subject = of_model(str(model), weights, placed, batch)
+                subject = replace(subject, processor_time=processor_time)
                 reports.write_profile(out, subject, config, steps, repeats, show=console.print)
     except (ConfigError, UnsupportedModelError, UsageError) as error:
         raise _failed(error) from None

@@ -39,7 +39,7 @@ def profile(
     Returns:
         what profile.json holds; its fields are described in docs/performance.md.
     """
-    work, rates = count(subject, config), measured_rates(subject.device, subject.dtype)
+    work, rates = count(subject, config), measured_rates(subject)
     least = floor(work, rates)
     result = _about(subject, work) | {
         "rates": {"copy_bytes_per_s": rates.copy, "matmul_flops_per_s": rates.matmul},
@@ -49,6 +49,7 @@ def profile(
         "moved_bytes": work.moved,
         "config": config.to_dict(),
         "steps": steps,
+        "processor_time": subject.processor_time,
     }
     written_down(result)
     with peak_memory(subject.device) as plain_peak:
@@ -96,7 +97,8 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def scaling(
     name: str, dtype: torch.dtype, device: str, config: TAPConfig, blocks: int | None = None,
-    height: int | None = None, width: int | None = None, predicted: int = 20, **shape: int | None,
+    height: int | None = None, width: int | None = None, predicted: int = 20, processor_time: bool = False,
+    **shape: int | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """How a predicted call's time and the cache grow with tokens, and with depth.
 
@@ -107,6 +109,7 @@ def scaling(
         blocks: the most of each kind.
         height, width: of the smallest picture, in pixels.
         predicted: steps that are timed at each point.
+        processor_time: as :class:`Subject` has it.
 
     Returns:
         for each point ``against`` (``tokens`` or ``depth``), ``blocks``, and what :func:`timed_calls` returns.
@@ -123,6 +126,7 @@ def scaling(
     for against, depth, factor in points:
         sides = [16 * round(side * factor / 16) for side in smallest]
         subject = of_size(name, dtype, device, blocks=depth, height=sides[0], width=sides[1], **shape)
+        subject = replace(subject, processor_time=processor_time)
         found.append(
             {"against": against, "blocks": sum(subject.blocks.values())}
             | timed_calls(subject, config, config.anchors + predicted)

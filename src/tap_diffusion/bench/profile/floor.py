@@ -20,7 +20,6 @@ from tap_diffusion.config import TAPConfig
 from tap_diffusion.integrations.api import transformers
 from tap_diffusion.integrations.depth import attentions
 from tap_diffusion.integrations.models import SPECS
-from tap_diffusion.reporting import stopwatch
 
 
 @dataclass(frozen=True)
@@ -36,27 +35,27 @@ class Rates:
     matmul: float
 
 
-def measured_rates(device: torch.device, dtype: torch.dtype, copied: int = 2**28, width: int | None = None) -> Rates:
-    """Measure them, as medians.
+def measured_rates(subject: Subject, copied: int = 2**28, width: int | None = None) -> Rates:
+    """Measure them on the device and in the dtype of a subject, as medians.
 
     Args:
-        dtype: of the product.
         copied: bytes of the tensor that is copied.
         width: of the matrices; by default 4096 on a GPU, 1024 elsewhere.
     """
+    device, dtype = subject.device, subject.dtype
     width = width or (4096 if device.type == "cuda" else 1024)
     source = torch.zeros(copied, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
     a, b = (torch.randn(width, width, dtype=dtype, device=device) for _ in range(2))
-    copying = _median_ms(device, lambda: target.copy_(source))
-    return Rates(2000 * copied / copying, 2000 * width**3 / _median_ms(device, lambda: a @ b))
+    copying = _median_ms(subject, lambda: target.copy_(source))
+    return Rates(2000 * copied / copying, 2000 * width**3 / _median_ms(subject, lambda: a @ b))
 
 
-def _median_ms(device: torch.device, run: Callable[[], Any], repeats: int = 9) -> float:
+def _median_ms(subject: Subject, run: Callable[[], Any], repeats: int = 9) -> float:
     run()
     found = []
     for _ in range(repeats):
-        stop = stopwatch(device)
+        stop = subject.stopwatch()
         run()
         found.append(stop())
     return median(milliseconds() for milliseconds in found)

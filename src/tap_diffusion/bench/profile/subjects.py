@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,15 +14,35 @@ from tap_diffusion.bench.profile import sizes
 from tap_diffusion.generate import load_pipeline
 from tap_diffusion.integrations.api import transformers
 from tap_diffusion.integrations.models import SPECS
+from tap_diffusion.reporting import stopwatch
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is profiled: a pipeline, and how to run it once with a number of steps."""
+    """What is profiled.
+
+    Attributes:
+        pipe: the pipeline.
+        run: runs it once, with a number of steps.
+        processor_time: counts instead of time on the clock, on a CPU: what others run on the machine costs none.
+    """
 
     name: str
     pipe: Any
     run: Callable[[int], Any]
+    processor_time: bool = False
+
+    def stopwatch(self) -> Callable[[], Callable[[], float]]:
+        """Start timing, as :func:`tap_diffusion.reporting.stopwatch` does."""
+        if not self.processor_time:
+            return stopwatch(self.device)
+        start = time.process_time()
+
+        def stop() -> Callable[[], float]:
+            elapsed = 1000 * (time.process_time() - start)
+            return lambda: elapsed
+
+        return stop
 
     @property
     def device(self) -> torch.device:

@@ -14,7 +14,6 @@ from tap_diffusion.bench.profile.subjects import Subject
 from tap_diffusion.bench.profile.watching import PARTS, EnoughError, watched
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.integrations.api import report, transformers
-from tap_diffusion.reporting import stopwatch
 
 Milliseconds = Callable[[], float]  # on a GPU, asking waits
 
@@ -22,23 +21,23 @@ Milliseconds = Callable[[], float]  # on a GPU, asking waits
 class _Timer:
     """Times every call, the parts of the predicted ones, and the whole trajectory."""
 
-    def __init__(self, device: torch.device, beside: bool = True) -> None:
+    def __init__(self, subject: Subject, beside: bool = True) -> None:
         self.calls: dict[str, list[Milliseconds]] = {"plain": [], "full": [], "predicted": []}
         self.parts: list[list[tuple[str, Milliseconds]]] = []  # of each predicted call
         self.spans: list[Milliseconds] = []  # from step to step of the scheduler
-        self._device, self._beside = device, beside
+        self._stopwatch, self._beside = subject.stopwatch, beside
         self._span: Callable[[], Milliseconds] | None = None
         self._entered: list[tuple[str, Milliseconds]] = []
 
     def begin(self) -> None:
         if self._span is None:
-            self._span = stopwatch(self._device)
-        self._call, self._entered = stopwatch(self._device), []
-        self._part, self._since = "rest", stopwatch(self._device)
+            self._span = self._stopwatch()
+        self._call, self._entered = self._stopwatch(), []
+        self._part, self._since = "rest", self._stopwatch()
 
     def enter(self, part: str) -> None:
         self._entered.append((self._part, self._since()))
-        self._part, self._since = part, stopwatch(self._device)
+        self._part, self._since = part, self._stopwatch()
 
     def end(self, full: bool, plain: Callable[[], Any]) -> None:
         self.enter("")
@@ -46,14 +45,14 @@ class _Timer:
         if not full:
             self.parts.append(self._entered)
         elif self._beside:
-            stop = stopwatch(self._device)
+            stop = self._stopwatch()
             plain()
             self.calls["plain"].append(stop())
 
     def step(self) -> None:
         assert self._span is not None
         self.spans.append(self._span())
-        self._span = stopwatch(self._device)
+        self._span = self._stopwatch()
 
 
 def measure(subject: Subject, config: TAPConfig, steps: int, repeats: int) -> dict[str, Any]:
@@ -69,7 +68,7 @@ def measure(subject: Subject, config: TAPConfig, steps: int, repeats: int) -> di
     parts: list[dict[str, float]] = []
     tap_ms, between_ms = [], []
     for _ in range(repeats):
-        timer = _Timer(subject.device)
+        timer = _Timer(subject)
         with watched(subject.pipe, config, timer):
             subject.run(steps)
             account = report(subject.pipe)
@@ -104,7 +103,7 @@ def _summed(entered: Sequence[tuple[str, Milliseconds]]) -> dict[str, float]:
 
 def timed_calls(subject: Subject, config: TAPConfig, steps: int) -> dict[str, Any]:
     """Of one trajectory: medians ``full_ms`` and ``predicted_ms``, ``tokens`` (all samples), ``cache_bytes``."""
-    timer = _Timer(subject.device, beside=False)
+    timer = _Timer(subject, beside=False)
     with watched(subject.pipe, config, timer) as engine:
         subject.run(steps)
         cache_bytes = report(subject.pipe).cache_bytes
