@@ -70,7 +70,7 @@ class Work:
         weights: bytes of the parameters that each part reads.
         moved: bytes that selection reads and writes: h, its history and that of r, the hidden states and the output.
         cache: bytes of the tensors that one branch's cache has to hold.
-        full_flops: of a full call.
+        full_flops: of a full call, its probe included.
         layers: bytes of what attention and feed-forward of all blocks return in a full call.
         tokens: of one sample.
         width: of a token.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tap_diffusion.bench.models import MODELS, draw
+from tap_diffusion.bench.models import MODELS
 from tap_diffusion.bench.profile import sizes
 from tap_diffusion.generate import load_pipeline
 from tap_diffusion.integrations.api import transformers
@@ -73,11 +73,10 @@ def of_model(name: str, dtype: torch.dtype, device: str, batch: int | None = Non
     """A model of the bench, or any pipeline that takes a prompt, by folder or hub id."""
     if name in MODELS:
         model = MODELS[name]()
-        conditions, pipe = model.measured[: batch or model.batch], model.load().to(device, dtype)
-        run = lambda steps: draw(pipe, model, conditions, 0, num_inference_steps=steps)  # noqa: E731
+        pipe = model.load().to(device, dtype)
+        arguments = model.arguments(model.measured[: batch or model.batch]) | {"output_type": "pt"}
     else:
         pipe = load_pipeline(name, dtype, device)
-        prompts = ["a lighthouse in a storm"] * (batch or 1)
-        run = lambda steps: pipe(prompt=prompts, num_inference_steps=steps, output_type="latent")  # noqa: E731
+        arguments = {"prompt": ["a lighthouse in a storm"] * (batch or 1), "output_type": "latent"}
     pipe.set_progress_bar_config(disable=True)
-    return Subject(name, pipe, run)
+    return Subject(name, pipe, lambda steps: pipe(num_inference_steps=steps, **arguments))
