@@ -418,6 +418,28 @@ def test_gpu_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert second["tiny: compiled"].keys() == {"plain", "tap"}
 
 
+def test_gpu_script_tests_and_times_the_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    commands = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        commands.append(command[2])
+        if "--out" in command:
+            Path(command[-1]).write_text('{"rows": []}')
+        return SimpleNamespace(returncode=int(command[2] == failing), stdout="1 failed\n60 passed in 9s\n", stderr="")
+
+    monkeypatch.setattr("subprocess.run", run)
+    monkeypatch.chdir(tmp_path)
+    failing = ""
+    assert gpu.kernels() == {"rows": []}  # not in a checkout
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_kernels.py").touch()
+    assert gpu.kernels() == {"tests": "60 passed in 9s", "rows": []}
+    assert commands == ["tap_diffusion.kernels.benchmark", "pytest", "tap_diffusion.kernels.benchmark"]
+    failing = "pytest"
+    with pytest.raises(RuntimeError, match="pytest failed:\n1 failed"):
+        gpu.kernels()
+
+
 def test_gpu_script_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):

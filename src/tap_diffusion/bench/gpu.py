@@ -15,6 +15,7 @@ import gc
 import json
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,7 @@ from tap_diffusion.bench.profile import machine, profile
 from tap_diffusion.bench.profile.subjects import Subject, of_size
 from tap_diffusion.bench.profile.timing import peak_memory
 from tap_diffusion.config import TAPConfig
+from tap_diffusion.errors import UsageError
 
 SIZES = ("flux", "qwen-image", "hunyuan-video")
 METHODS = (
@@ -134,12 +136,23 @@ class _Quicker(Calibration):
 
 
 def kernels() -> dict[str, Any]:
-    """What ``python -m tap_diffusion.kernels.benchmark`` prints, and whether it went well."""
-    command = [sys.executable, "-m", "tap_diffusion.kernels.benchmark"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    """The kernels' tests, which run on the GPU where this is called in a checkout, and their benchmark."""
+    found = {}
+    tests = Path("tests/test_kernels.py")
+    if tests.exists():
+        found["tests"] = _output("pytest", "-n", "0", "-q", str(tests)).splitlines()[-1]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernels.json"
+        _output("tap_diffusion.kernels.benchmark", "--out", str(file))
+        return found | json.loads(file.read_text(encoding="utf-8"))
+
+
+def _output(module: str, *arguments: str) -> str:
+    """What a Python module prints that is run by itself; RuntimeError where it fails."""
+    done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(done.stderr.strip())
-    return {"output": done.stdout.splitlines()}
+        raise RuntimeError(f"{module} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -171,7 +184,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not given.smoke:
         do("kernels", kernels)
     for size in ["tiny"] if given.smoke else given.sizes:
-        subject = of_size(size, dtype, device)
+        known.pop(size, None)
+        try:
+            subject = of_size(size, dtype, device)
+        except UsageError as error:  # it does not fit
+            known[size] = {"error": str(error)}
+            continue
         loops = Loops(subject, given.steps, given.full_steps, given.repeats)
         config = TAPConfig(full_steps=given.full_steps)
         do(f"{size}: profile", partial(profile, subject, config, given.steps, given.repeats))
@@ -181,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         gc.collect()  # hooks are in cycles with the model
         if not given.smoke:
             torch.cuda.empty_cache()
+    write_json(given.out, known)
     failed = [name for name, section in known.items() if isinstance(section, dict) and "error" in section]
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class Subject:
 
         return stop
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         """Of the transformer."""
         return next(transformers(self.pipe)[0].parameters()).device
