@@ -40,10 +40,10 @@ def profile_picture(result: dict[str, Any], file: Path) -> None:
         parts.set_title(f"a predicted call of {result['name']}: {result['predicted_over_plain']:.2%} of a plain one")
         parts.legend(frameon=False)
         whole = result["loop"]
-        bound = whole["plain_ms"] / whole["limit"]
-        loop.barh(["plain", "TAP", "limit"], [whole["plain_ms"], whole["tap_ms"], bound], color=[_GREY, _BLUE, _ORANGE])
+        seconds = {"plain": whole["plain_ms"], "TAP": whole["tap_ms"], "limit": whole["plain_ms"] / whole["limit"]}
+        loop.barh(list(seconds), [ms / 1000 for ms in seconds.values()], color=[_GREY, _BLUE, _ORANGE])
         loop.invert_yaxis()
-        loop.set_xlabel("ms")
+        loop.set_xlabel("s")
         loop.set_title(f"{result['steps']} steps: {whole['speedup']:.2f}x, {whole['share_of_limit']:.0%} of the limit")
         _save(figure, file)
 
@@ -66,11 +66,11 @@ def scaling_picture(points: Sequence[dict[str, Any]], file: Path) -> None:
         _save(figure, file)
 
 
-def _lines(axes: Axes, x: Sequence[float], lines: dict[str, Sequence[float]], label: str) -> None:
+def _lines(axes: Axes, x: Sequence[int], lines: dict[str, Sequence[float]], label: str) -> None:
     for (name, y), colour in zip(lines.items(), (_GREY, _BLUE) if len(lines) > 1 else (_ORANGE,), strict=True):
         axes.plot(x, y, "o-", label=name, color=colour)
     axes.set_xlabel(label)
-    axes.set_xlim(left=0)
+    axes.set_xticks(x, map(str, x))
     axes.legend(frameon=False)
 
 
