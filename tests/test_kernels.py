@@ -492,6 +492,25 @@ def test_kernels_that_fail_are_left_alone_with_a_warning(monkeypatch: pytest.Mon
         assert not runs(torch.device("cuda"))
 
 
+@needs_triton
+@pytest.mark.skipif(HAS_GPU, reason="there is a GPU")
+def test_kernels_that_predict_something_else_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    runs = kernels.runs_triton.__wrapped__
+    assert runs(torch.device("cpu"))
+    fused = kernels._fused()
+    predict = fused.predict_by_token
+
+    def slightly_wrong(*args: Any) -> Any:
+        result, *others = predict(*args)
+        result[0, 2, 5] *= 1.01
+        return result, *others
+
+    monkeypatch.setattr(fused, "predict_by_token", slightly_wrong)
+    with pytest.warns(TAPWarning, match="they predict something else than PyTorch"):
+        assert not runs(torch.device("cpu"))
+
+
 COMPILES = """
 import sys, torch
 from triton.backends.compiler import GPUTarget

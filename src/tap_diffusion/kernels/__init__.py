@@ -102,11 +102,11 @@ def uses_triton(tensor: Tensor) -> bool:
 
 @cache
 def runs_triton(device: torch.device) -> bool:
-    """Whether Triton's kernels can be compiled for a GPU and run on it; the smallest is tried out."""
+    """Whether Triton's kernels can be compiled for a GPU and predict there what PyTorch does; that is tried once."""
     if find_spec("triton") is None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
-        _fused().gram_matrix([torch.zeros(1, 1, 1, device=device)])
+        _check(device)
     except Exception as error:  # whatever is missing: a C compiler, a newer version
         warnings.warn(
             f"TAP predicts in plain PyTorch, since its Triton kernels fail on {device}: {error}",
@@ -115,6 +115,19 @@ def runs_triton(device: torch.device) -> bool:
         )
         return False
     return True
+
+
+def _check(device: torch.device) -> None:
+    """Raise RuntimeError where the Triton kernels predict something else than PyTorch, for a few tokens."""
+    x, h, *features = torch.randn(6, 1, 4, 64, generator=torch.Generator().manual_seed(0)).to(device).unbind()
+    past, residuals = features[:2], features[2:]
+    coefficients = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
+    gram = _fused().gram_matrix(past)
+    result, _, _ = _fused().predict_by_token(x, h, past, gram, residuals, coefficients, "cosine", False)
+    losses, _ = eager.proxy_losses(h, past, eager.gram_matrix(past), coefficients, "cosine")
+    expected, _ = eager.combine(x, residuals, coefficients, selection.choose(losses, "token"), False)
+    if not torch.allclose(result, expected, rtol=1e-4, atol=1e-4):
+        raise RuntimeError("they predict something else than PyTorch")
 
 
 def _form(history: Sequence[Tensor], *others: Tensor) -> Any:
