@@ -89,6 +89,7 @@ class Engine:
         self.report.calls.append((call.step, full, milliseconds))
         if not full:
             self.report.choices += self._pending
+            self._pending.clear()
         self._may_have_ended = call.is_last_step is None
         self.report.cache_bytes = max(self.report.cache_bytes, self.cache_bytes)
         self._seen[call.branch] = call.step
