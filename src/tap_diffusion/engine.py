@@ -100,6 +100,12 @@ class Engine:
             if not self._histories:
                 self._warn_if_without_effect()
 
+    def forget(self, before: int) -> None:
+        """Drop what is remembered of branches whose last call was before a step."""
+        for branch in [branch for branch, step in self._seen.items() if step < before]:
+            for memory in (self._histories, self._doubts, self._seen):
+                memory.pop(branch, None)
+
     def finish(self) -> None:
         """End the current trajectory, whether or not its last step was seen."""
         # It may also have been interrupted, and one step alone a look at images to edit, before the run (GLM-Image).

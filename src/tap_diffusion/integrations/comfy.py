@@ -1,10 +1,10 @@
 """TAP for ComfyUI: a model patcher that is accelerated while it samples, and leaves the model under it as it is.
 
 Of ComfyUI this needs what its ``comfy.patcher_extension`` offers to all extensions: wrappers around a sampling run
-(``OUTER_SAMPLE``), around each evaluation that a sampler asks for (``PREDICT_NOISE``), and around each call of the model
-(``APPLY_MODEL``), of which one evaluation makes as many as memory and conditions require. So nothing has to be guessed:
-all state belongs to one run and is gone with it, and every part of a batch says which condition it is for. Diffusers is
-not needed.
+(``OUTER_SAMPLE``), around each evaluation that a sampler asks for (``PREDICT_NOISE``), and around each call of the
+model (``APPLY_MODEL``), of which one evaluation makes as many as memory and conditions require. So nothing has to be
+guessed: all state belongs to one run and is gone with it, and every part of a batch says which condition it is for.
+Diffusers is not needed.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ KEY = "tap_diffusion"  # of wrappers, of the attachment, and of the run among a 
 
 _log = logging.getLogger(__name__)
 
-# ComfyUI's classes, comfy/ldm/**/model.py and mmdit.py. Of their attention only the parts are called, of which the first
-# linear layer is what the modulated input enters.
+# ComfyUI's classes, comfy/ldm/**/model.py and mmdit.py. Of some attentions only the parts are called: there the
+# modulated input is what enters the first linear layer.
 _DOUBLE_SINGLE = TransformerSpec(
     ("double_blocks", "single_blocks"), (Stream("img", "final_layer"),), outputs=("img", "txt"),
     attention="img_attn.qkv",
@@ -54,12 +54,13 @@ SPECS: dict[str, TransformerSpec] = {
     ),
 }  # fmt: skip
 
-# Functions of comfy/k_diffusion/sampling.py. Steps of these are x + (σ' - σ) F, all of them, so that hindsight is exact.
+# Functions of comfy/k_diffusion/sampling.py. All steps of these are x + (σ' - σ) F, which hindsight takes for granted.
 _FIRST_ORDER = frozenset({"sample_euler"})
 # These evaluate the model once per step, so that steps can be counted. Elsewhere σ is read, which waits for a GPU.
 _ONE_EVALUATION = _FIRST_ORDER | {
-    "sample_euler_ancestral", "sample_lms", "sample_ddpm", "sample_lcm", "sample_ipndm", "sample_ipndm_v", "sample_deis",
-    "sample_dpmpp_2m", "sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde", "sample_res_multistep", "sample_gradient_estimation",
+    "sample_euler_ancestral", "sample_lms", "sample_ddpm", "sample_lcm", "sample_ipndm", "sample_ipndm_v",
+    "sample_deis", "sample_dpmpp_2m", "sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde", "sample_res_multistep",
+    "sample_gradient_estimation",
 }  # fmt: skip
 _OWN_STEPS = ("dpm_fast", "dpm_adaptive")  # samplers that don't keep to the sigmas they are given
 _OTHER_CACHES = {"easycache": "EasyCache", "lazycache": "LazyCache"}  # by the keys of their wrappers
@@ -133,7 +134,9 @@ class _Accelerator:
             ) from error
         return depth
 
-    def sample(self, executor: Any, noise: Any, latent: Any, sampler: Any, sigmas: Tensor, *args: Any, **kw: Any) -> Any:
+    def sample(
+        self, executor: Any, noise: Any, latent: Any, sampler: Any, sigmas: Tensor, *args: Any, **kw: Any
+    ) -> Any:
         """Around a whole sampling run."""
         guider = executor.class_obj
         options = guider.model_options
@@ -186,9 +189,13 @@ class _Run:
     def advance(self, sigma: Tensor) -> None:
         """The sampler asks for another evaluation."""
         self._seen.clear()
-        if self._position.advance(sigma):  # noise was added, and what follows doesn't continue what was before
-            for lane in self._lanes.values():
+        before = self._position.step
+        self._position.advance(sigma)
+        for lane in self._lanes.values():
+            if self._position.step < before:  # noise was added, and what follows doesn't continue what was before
                 lane.engine.reset()
+            elif self._position.step > before:  # conditions come and go, and windows of frames may move at each step
+                lane.engine.forget(before)
 
     def call(self, module: nn.Module, options: dict[str, Any], forward: partial[Any], x: Tensor) -> Any:
         """One call of a diffusion model, for one condition or several."""
@@ -205,8 +212,8 @@ class _Run:
     def _branches(self, options: dict[str, Any], batch: int) -> list[str]:
         """The branch of each part of a batch.
 
-        A part is known by its condition. A condition may be evaluated again within one evaluation (skip-layer guidance),
-        at a step's second evaluation (Heun), and for one window of frames after the other.
+        A part is known by its condition. A condition may come again within one evaluation (skip-layer guidance), at a
+        step's second evaluation (Heun), and for one window of frames after the other.
         """
         conditions = options.get("cond_or_uncond") or [0]
         uuids = options.get("uuids") or [None] * len(conditions)
@@ -269,16 +276,15 @@ class _Position:
         self._levels, self._counts = levels, counts
         self.step, self.turn = -1, 0
 
-    def advance(self, sigma: Tensor) -> bool:
-        """Take note of another evaluation; return whether it is noisier than the step before."""
+    def advance(self, sigma: Tensor) -> None:
+        """Take note of another evaluation. Where it is noisier than the last, the step falls."""
         if self._counts and self.step + 1 < len(self._levels):
             self.step += 1
-            return False
+            return
         value = float(sigma.max()) * (1 - 1e-4)  # rounding
         step = max((i for i, level in enumerate(self._levels) if level >= value), default=0)
-        before, self.step = self.step, step
-        self.turn = self.turn + 1 if step == before else 0
-        return step < before
+        self.turn = self.turn + 1 if step == self.step else 0
+        self.step = step
 
 
 def _timeline(sampler: Any, levels: list[float], model_sampling: Any) -> Timeline | None:
@@ -309,7 +315,9 @@ def _refuse_other_caches(transformer_options: dict[str, Any]) -> None:
     if "rel_l1_thresh" in transformer_options:
         found.append("TeaCache")
     if found:
-        raise ValueError(f"{found[0]} and TAP are both on this model, and each would mislead the other: remove one node")
+        raise ValueError(
+            f"{found[0]} and TAP are both on this model, and each would mislead the other: remove one node"
+        )
 
 
 def _spec(module: nn.Module) -> TransformerSpec:

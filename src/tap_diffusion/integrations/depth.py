@@ -47,9 +47,7 @@ class _Thinned(nn.ModuleList):
 
     _length: int | None = None
 
-    def __init__(
-        self, blocks: list[nn.Module], length: int | None = None, others: nn.Module | None = None
-    ) -> None:
+    def __init__(self, blocks: list[nn.Module], length: int | None = None, others: nn.Module | None = None) -> None:
         super().__init__(blocks)
         self._length = length
         self.__dict__["_others"] = others  # not a submodule
