@@ -410,12 +410,10 @@ class SelfAttention(nn.Module):
 class DoubleStreamBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        for stream in ("img", "txt"):
-            self.add_module(f"{stream}_mod", _modulation(6))
-            self.add_module(f"{stream}_norm1", _norm())
-            self.add_module(f"{stream}_attn", SelfAttention())
-            self.add_module(f"{stream}_norm2", _norm())
-            self.add_module(f"{stream}_mlp", _mlp())
+        self.img_mod, self.img_norm1, self.img_attn = _modulation(6), _norm(), SelfAttention()
+        self.img_norm2, self.img_mlp = _norm(), _mlp()
+        self.txt_mod, self.txt_norm1, self.txt_attn = _modulation(6), _norm(), SelfAttention()
+        self.txt_norm2, self.txt_mlp = _norm(), _mlp()
 
     def forward(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Any, attn_mask: Any = None,
                 modulation_dims_img: Any = None, modulation_dims_txt: Any = None,
@@ -519,8 +517,9 @@ class HunyuanVideo(Flux):
 class QwenAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out", "to_add_out"):
-            self.add_module(name, nn.Linear(WIDTH, WIDTH))
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.to_add_out = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, encoder_hidden_states_mask: Any = None,
                 image_rotary_emb: Any = None,
@@ -578,16 +577,18 @@ class QwenImageTransformer2DModel(Model):
         return back(self.proj_out(self.norm_out(hidden_states, temb)))
 
 
-class WanSelfAttention(nn.Module):
+class WanAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
 
+
+class WanSelfAttention(WanAttention):
     def forward(self, x: Tensor, freqs: Any, transformer_options: Options = {}) -> Tensor:  # noqa: B006
         return self.o(_attention(self.q(x), self.k(x), self.v(x)))
 
 
-class WanT2VCrossAttention(WanSelfAttention):
+class WanT2VCrossAttention(WanAttention):
     def forward(self, x: Tensor, context: Tensor, transformer_options: Options = {}, **_: Any) -> Tensor:  # noqa: B006
         return self.o(_attention(self.q(x), self.k(context), self.v(context)))
 

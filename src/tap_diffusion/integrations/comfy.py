@@ -168,7 +168,7 @@ class _Accelerator:
         """Around each call of the model."""
         options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[4]
         run = options.get(KEY)
-        if run is None:  # not within a sampling run
+        if run is None or not run.has_begun:  # not within a sampling run, or by a guider that tells no evaluations
             return executor(x, *args, **kwargs)
         module = unwrapped(executor.class_obj.diffusion_model)
         return run.call(module, options, partial(executor, x, *args, **kwargs), x)
@@ -185,6 +185,14 @@ class _Run:
         self._lanes: dict[int, _Lane] = {}  # by id of the diffusion model: there are several with several GPUs
         self._names: dict[Hashable, str] = {}  # of branches
         self._seen: Counter[Hashable] = Counter()  # branches in this evaluation
+
+    def __deepcopy__(self, memo: Any) -> _Run:
+        return self  # extensions copy the options in which it travels
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the sampler has asked for an evaluation."""
+        return self._position.step >= 0
 
     def advance(self, sigma: Tensor) -> None:
         """The sampler asks for another evaluation."""
@@ -237,10 +245,17 @@ class _Run:
 
     def finish(self) -> Report:
         """Free all; return what was done."""
-        reports = [lane.engine.report for lane in self._lanes.values()]
+        if not self._lanes:
+            warnings.warn(
+                "TAP did not see this run: its guider does not tell extensions of its evaluations (PREDICT_NOISE).",
+                TAPWarning,
+                stacklevel=3,
+            )
+            return Report()
         for lane in self._lanes.values():
             lane.engine.finish()
-        return reports[0] if len(reports) == 1 else Report.joined(reports) if reports else Report()
+        reports = [lane.engine.report for lane in self._lanes.values()]
+        return reports[0] if len(reports) == 1 else Report.joined(reports)
 
 
 class _Lane(Passes):
