@@ -602,10 +602,10 @@ class WanAttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, e: Tensor, freqs: Any, context: Tensor, context_img_len: Any = 257,
                 transformer_options: Options = {}) -> Tensor:  # noqa: B006  # fmt: skip
-        e = (self.modulation + e).chunk(6, dim=1)
-        x = x + e[2] * self.self_attn(self.norm1(x) * (1 + e[1]) + e[0], freqs, transformer_options=transformer_options)
+        m = (self.modulation + e).chunk(6, dim=1)
+        x = x + m[2] * self.self_attn(self.norm1(x) * (1 + m[1]) + m[0], freqs, transformer_options=transformer_options)
         x = x + self.cross_attn(self.norm3(x), context, context_img_len=context_img_len)
-        return x + e[5] * self.ffn(self.norm2(x) * (1 + e[4]) + e[3])
+        return x + m[5] * self.ffn(self.norm2(x) * (1 + m[4]) + m[3])
 
 
 class WanModel(Model):
@@ -665,7 +665,8 @@ class JointBlock(nn.Module):
         self.context_block, self.x_block = DismantledBlock(pre_only), DismantledBlock(False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return block_mixing(*args, context_block=self.context_block, x_block=self.x_block, **kwargs)
+        blocks = {"context_block": self.context_block, "x_block": self.x_block}
+        return block_mixing(*args, **blocks, **kwargs)
 
 
 class OpenAISignatureMMDITWrapper(nn.Module):

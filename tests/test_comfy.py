@@ -308,7 +308,12 @@ def test_a_sampler_that_goes_back_to_more_noise_starts_anew_there() -> None:
 def test_hindsight_is_for_euler_alone_and_flow_matching(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     timeline = comfy._timeline
-    monkeypatch.setattr(comfy, "_timeline", lambda *args: asked.append(timeline(*args)) or asked[-1])
+
+    def seen(*args: Any) -> Any:
+        asked.append(timeline(*args))
+        return asked[-1]
+
+    monkeypatch.setattr(comfy, "_timeline", seen)
     patcher = double.build()
     accelerated = accelerate(patcher, CONFIG)
     for sampler in (*ONCE, *TWICE):
@@ -432,7 +437,7 @@ def test_windows_of_frames_that_move() -> None:
     assert max(sizes[3:]) <= max(sizes[:3])
 
 
-def test_batches_that_an_extension_divides_in_its_own_way() -> None:
+def test_batches_that_an_extension_divides_in_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """A unet function wrapper that runs sample by sample, for which the conditions of a part are not known."""
     patcher = double.build()
     apply = patcher.model.apply_model
@@ -441,7 +446,7 @@ def test_batches_that_an_extension_divides_in_its_own_way() -> None:
         parts = [apply(x[i : i + 1], t[i : i + 1], c_crossattn=c_crossattn[i : i + 1], **rest) for i in range(len(x))]
         return torch.cat(parts)
 
-    patcher.model.apply_model = one_by_one  # type: ignore[method-assign]
+    monkeypatch.setattr(patcher.model, "apply_model", one_by_one)
     plain = sample(patcher)
     accelerated = accelerate(patcher, CONFIG)
     assert 0 < distance(sample(accelerated), plain) < 0.05
@@ -697,11 +702,9 @@ def test_comfyui_gives_what_diffusers_gives_on_the_trained_model(emoji: Any) -> 
         streams=(Stream("hidden_states", "transformer.norm_out"),),
     )
     patcher = double.ModelPatcher(double.BaseModel(double.DiffusersFlux(emoji.transformer, ids)))
-    conditions = (
-        [{"context": torch.cat([embeds, pool[:, None]], dim=1)}]
-        for embeds, pool in ((positive, pooled), (negative, negative_pooled))
-    )
-    guider = double.CFGGuider(accelerate(patcher, config, spec), *conditions, 2.0)
+    cond = [{"context": torch.cat([positive, pooled[:, None]], dim=1)}]
+    uncond = [{"context": torch.cat([negative, negative_pooled[:, None]], dim=1)}]
+    guider = double.CFGGuider(accelerate(patcher, config, spec), cond, uncond, 2.0)
     result = guider.sample(noise, torch.zeros_like(noise), double.KSAMPLER(double.sample_euler), emoji.scheduler.sigmas)
     assert distance(expected, plain) > 1e-2
     assert distance(result, expected) < 1e-3

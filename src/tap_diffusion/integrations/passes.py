@@ -46,7 +46,7 @@ class Passes:
             device: to take the time on.
         """
         stop = stopwatch(device)
-        full = any([self.engine.begin(call) for call in calls])
+        full = any([self.engine.begin(call) for call in calls])  # a list, since all begin
         output = None
         if not full:
             output, reason = self._predict(depth, calls, forward)
@@ -92,8 +92,8 @@ class Passes:
             afters = self._tokens(after.reshape(x.shape)).chunk(count)
             # Copies of parts, so that a history which is dropped doesn't live on as a part of another's.
             probes = [h] * count if h is None or count == 1 else [part.clone() for part in h.chunk(count)]
-            for call, *features in zip(calls, befores, afters, probes, strict=True):
-                self.engine.record(call, *features, stream)
+            for call, a, b, probe in zip(calls, befores, afters, probes, strict=True):
+                self.engine.record(call, a, b, probe, stream)
 
         with depth.watched(enter, leave):
             return forward()
