@@ -82,7 +82,7 @@ def calls_of(modules: list[nn.Module]) -> list[int]:
 
 def traces(patcher: Any) -> list[dict[str, Any]]:
     """All that a module of the model could keep."""
-    return [dict(vars(module)) | {"_modules": dict(module._modules)} for module in patcher.model.modules()]
+    return [{name: double.copied(value) for name, value in vars(m).items()} for m in patcher.model.modules()]
 
 
 # ------------------------------------------------------------------------------------------------------ the same result
@@ -178,7 +178,7 @@ def test_areas_and_conditions_that_come_and_go() -> None:
         "positive": [
             {"context": text(1)},
             {"context": text(4), "area": (4, 8, 0, 0)},
-            {"context": text(5, 9), "start": 0.8, "end": 0.3},
+            {"context": text(5, 9), "start": 0.7, "end": 0.3},
         ],
         "negative": [{"context": text(2)}, {"context": text(2), "area": (4, 8, 0, 0)}],
     }
@@ -191,7 +191,7 @@ def test_areas_and_conditions_that_come_and_go() -> None:
         assert found is not None
         assert 0 < distance(result, plain) < 0.1
         assert list(found.fallbacks) == ["the branch has only just begun"]  # of the one that comes later
-        assert len({choice.branch for choice in found.choices}) == 5
+        assert {"cond", "cond 2", "uncond", "uncond 2"} <= {choice.branch for choice in found.choices}
 
 
 # --------------------------------------------------------------------------------------------------- one run at a time
@@ -218,7 +218,7 @@ def test_two_branches_of_a_graph_share_the_model() -> None:
     assert torch.equal(sample(patcher), plain)
     assert torch.equal(sample(one), alone[0])
     assert torch.equal(sample(other), alone[1])
-    assert all(len(keys) == 1 for keys in one.wrappers.values())  # that of one configuration
+    assert all(len(group) == 1 for groups in other.wrappers.values() for group in groups.values())
     # A run within a run: the graph of a callback, or a sampler that another sampler calls.
     inner: list[Tensor] = []
     outer = sample(one, callback=lambda i: inner.append(sample(other)) if i == 5 else None)
