@@ -12,7 +12,7 @@ from torch import Tensor
 import tap_diffusion as tap
 from tap_diffusion import ConfigError, TAPConfig
 from tap_diffusion.engine import Engine, Fallback
-from tap_diffusion.integrations.hook import LARGEST_MOVE, _moved
+from tap_diffusion.integrations.passes import LARGEST_MOVE, _moved
 from tap_diffusion.schedulers import timeline
 from tiny import build_pipeline, count_calls, engine_of, sample
 from zoo import CASES, build, denoise
@@ -93,9 +93,9 @@ def test_no_sample_is_moved_by_more_than_a_share_of_its_norm(kind: str) -> None:
     surprise[1:] *= 0.1
     predicted = output - surprise
     if kind == "batch":
-        result, label = _moved((output, "kept"), (predicted, "kept"), 2.0)
+        result, label = _moved((output, "kept"), (predicted, "kept"), [2.0])
     else:
-        samples, label = _moved((list(output), "kept"), (list(predicted), "kept"), 2.0)
+        samples, label = _moved((list(output), "kept"), (list(predicted), "kept"), [2.0])
         result = torch.stack(samples)
     assert label == "kept"
     torch.testing.assert_close(result[1:], output[1:] + 2 * surprise[1:])

@@ -89,6 +89,7 @@ class Engine:
         self.report.calls.append((call.step, full, milliseconds))
         if not full:
             self.report.choices += self._pending
+            self._pending.clear()
         self._may_have_ended = call.is_last_step is None
         self.report.cache_bytes = max(self.report.cache_bytes, self.cache_bytes)
         self._seen[call.branch] = call.step
@@ -98,6 +99,12 @@ class Engine:
                 self._doubts.pop(branch, None)
             if not self._histories:
                 self._warn_if_without_effect()
+
+    def forget(self, before: int) -> None:
+        """Drop what is remembered of branches whose last call was before a step."""
+        for branch in [branch for branch, step in self._seen.items() if step < before]:
+            for memory in (self._histories, self._doubts, self._seen):
+                memory.pop(branch, None)
 
     def finish(self) -> None:
         """End the current trajectory, whether or not its last step was seen."""
