@@ -3,7 +3,7 @@
 A page includes by HTML comments, which are all that GitHub's view of the file lacks:
 
     <!-- include README.md -->                  its introduction, under the page's own title if it has one
-    <!-- include README.md: Use it -->          one section
+    <!-- include README.md: Use it -->          one section; without its heading where the page's title is the same
     <!-- bench: budgets --> <!-- bench: results --> <!-- weights -->
 """
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 _LINK = re.compile(r"(?<=\]\()([^)#\s:]+)(?=[)#])")  # targets of Markdown's links that have no scheme
+_ITEM = re.compile(r"(?:[-*]|\d+\.) ")
 _PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 _FOREIGN = re.compile(r"""<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=["']?(?:https?:)?//[^>]*>""")
 _ROLE = re.compile(r":[a-z]+:<code>([^<&]*?)(?: ?&lt;([\w.]+)&gt;)?</code>")
@@ -53,9 +54,9 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
     """Fill in what a page includes, and turn links out of the documentation into links to pages."""
-    if page.file.generated_by:
-        return markdown
-    return relinked(filled(markdown), ROOT / "docs", page.file.src_uri)
+    if not page.file.generated_by:
+        markdown = relinked(filled(markdown), ROOT / "docs", page.file.src_uri)
+    return spaced(markdown)
 
 
 def on_page_content(html: str, **_: Any) -> str:
@@ -88,7 +89,10 @@ def filled(markdown: str) -> str:
     """A page with all that it includes."""
 
     def include(match: re.Match[str]) -> str:
-        return relinked(section(ROOT / match[1], match[2]), ROOT, "index.md")
+        text = section(ROOT / match[1], match[2])
+        if f"# {match[2]}\n" in markdown:  # the page's own title says it
+            text = text.partition("\n")[2]
+        return relinked(text, ROOT, "index.md")
 
     markdown = re.sub(r"<!-- include (\S+?)(?:: (.+))? -->", include, markdown)
     made: dict[str, Callable[[], str]] = {
@@ -107,6 +111,20 @@ def section(file: Path, heading: str | None) -> str:
     if heading is not None:
         return next(part for part in parts if part.startswith(f"## {heading}\n"))
     return parts[0].partition("\n")[2] if file.name == "README.md" else text
+
+
+def spaced(text: str) -> str:
+    """A text with an empty line before each list, which GitHub does without and Markdown does not."""
+    lines: list[str] = []
+    fence = ""
+    for line in text.splitlines():
+        if mark := re.match(r"`{3,}", line):
+            fence = "" if line == fence else fence or mark[0]
+        is_item = _ITEM.match(line) and not fence
+        if is_item and lines and lines[-1] and not _ITEM.match(lines[-1]) and lines[-1][0] not in " #":
+            lines.append("")
+        lines.append(line)
+    return "\n".join(lines) + "\n"
 
 
 def linked(text: str, folder: Path) -> set[str]:
@@ -210,27 +228,27 @@ def budgets(cells: list[Cell]) -> str:
 
 
 def results(cells: list[Cell]) -> str:
-    """PSNR of all methods at all budgets, and what their time was at the one in the middle."""
+    """PSNR of all methods but TAP's variants, and the ratio of times at the middle budget; the best there first."""
     columns = _budgets(cells)
     timed = columns[len(columns) // 2]
-    methods = {cell["method"]: cell for cell in cells if cell["method"] == BASELINE or cell["family"] != "tap"}
-    methods |= {cell["method"]: cell for cell in cells if cell["method"] == "tap-paper"}
-    found = {(cell["method"], cell["budget"]): cell for cell in cells if cell["method"] in methods}
-    first = {budget: _best([cell for (_, at), cell in found.items() if at == budget]) for budget in columns}
-    rows = []
-    for method in methods:
-        row = [method]
-        for budget in columns:
-            cell = found.get((method, budget))
-            row.append("–" if cell is None else _figure(cell, first[budget]))
-        rows.append([*row, _times(found[method, timed]) if (method, timed) in found else "–"])
-    rows.sort(key=lambda row: -max((c["psnr_db"] for (m, b), c in found.items() if m == row[0] and b == timed), default=0))
+    shown = [cell for cell in cells if cell["family"] != "tap" or cell["method"] in (BASELINE, "tap-paper")]
+    found = {(cell["method"], cell["budget"]): cell for cell in shown}
+    best = [max(cell["psnr_db"] for cell in shown if cell["budget"] == budget) for budget in columns]
+
+    def figure(cell: Cell | None, best: float) -> str:
+        if cell is None:
+            return "–"
+        return f"**{cell['psnr_db']:.1f}**" if cell["psnr_db"] == best else f"{cell['psnr_db']:.1f}"
+
+    def rank(method: str) -> float:
+        return -found[method, timed]["psnr_db"] if (method, timed) in found else 0.0
+
+    rows = [
+        [method, *(figure(found.get((method, budget)), top) for budget, top in zip(columns, best, strict=True)),
+         _times(found.get((method, timed)))]
+        for method in sorted({cell["method"] for cell in shown}, key=rank)
+    ]  # fmt: skip
     return _table(["full evaluations", *map(str, columns), f"less time at {timed}"], rows)
-
-
-def _figure(cell: Cell, best: Cell | None) -> str:
-    text = f"{cell['psnr_db']:.1f}"
-    return f"**{text}**" if cell is best else text
 
 
 def weights(anchors: tuple[float, ...] = (24.0, 16.0, 8.0), t: float = 28.0) -> str:
@@ -256,8 +274,8 @@ def _named(cell: Cell | None) -> str:
     return "–" if cell is None else f"{cell['psnr_db']:.1f} ({cell['method']})"
 
 
-def _times(cell: Cell) -> str:
-    return "–" if cell["time_speedup"] is None else f"{cell['time_speedup']:.1f}x"
+def _times(cell: Cell | None) -> str:
+    return "–" if cell is None or cell["time_speedup"] is None else f"{cell['time_speedup']:.1f}x"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
