@@ -158,6 +158,8 @@ class Engine:
         if not self.config.predicts:
             return
         residual = (after - before).to(before.dtype)
+        if probe is not None:
+            probe = self._sketched(probe)
         if not _all_finite(residual, probe):
             # No anchor rather than a bad one. The steps up to the next full one then have none and run in full.
             self._histories.pop(call.branch, None)
@@ -207,7 +209,7 @@ class Engine:
             result, doubt = kernels.combine(hidden_states, history.residual, coefficients, mend=late)
             self._trust(call, doubt, late)
             return result
-        loss, h = self.config.loss, probe()
+        loss, h = self.config.loss, self._sketched(probe())
         gram = None if loss == "l1" else history.gram
         # What a subclass makes of the losses can't be fused with them.
         choose = self.config.granularity if type(self)._choose is Engine._choose else self._choose
@@ -217,6 +219,11 @@ class Engine:
         self._trust(call, doubt, late)
         self._pending.append(Choice(call.step, call.branch, members, choice))
         return result
+
+    def _sketched(self, probe: Tensor) -> Tensor:
+        """The channels of probe features (B, N, D') that are looked at; a copy, so that the others are not kept."""
+        stride = self.config.sketch
+        return probe if stride == 1 else probe[..., ::stride].contiguous()
 
     def _candidates(self, times: tuple[float, ...], t: float) -> tuple[list[Candidate], Tensor]:
         """The candidates at time ``t``, and their coefficients (K, H) of the differences at anchors of these times."""

@@ -17,6 +17,8 @@ from tap_diffusion.integrations.depth import Depth, Streams, named
 from tap_diffusion.reporting import stopwatch
 from tap_diffusion.tracking import Call, StepTracker
 
+LARGEST_MOVE = 0.7  # of an output's norm, in hindsight; chosen on calibration samples (docs/beyond.md)
+
 
 class TAPHook(ModelHook):
     """Wraps a transformer's forward in diffusers' own way, so that offloading and other hooks go on working.
@@ -182,15 +184,29 @@ class TAPHook(ModelHook):
 
 @uncompiled
 def _moved(output: Any, predicted: Any, share: float) -> Any:
-    """The output of a model, a structure of tensors, moved away from its prediction; where that is finite."""
+    """The output of a model, a structure of tensors, moved away from its prediction; where that is finite.
+
+    A surprise as large as the output itself says that the trajectory took another way, not by how much to mend it: no
+    sample (an entry of the first dimension, or of a list) is moved by more than a share of its own norm.
+    """
 
     def moved(value: Any, prediction: Any) -> Any:
+        if isinstance(value, list):
+            return [moved(one[None], other[None])[0] for one, other in zip(value, prediction, strict=True)]
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
-        result = value + share * (value - prediction)
+        move = share * (value - prediction)
+        allowed = LARGEST_MOVE * _norms(value) / _norms(move)
+        result = value + (move * allowed.clamp(max=1)).to(value.dtype)
         return torch.where(result.isfinite(), result, value)
 
-    return tree_map(moved, output, predicted)
+    return tree_map(moved, output, predicted, is_leaf=lambda node: isinstance(node, list))
+
+
+def _norms(x: Tensor) -> Tensor:
+    """Of each sample, kept as (B, 1, …) in float32 or better."""
+    dims = tuple(range(1, x.ndim))
+    return torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _flat(x: Tensor) -> Tensor:
