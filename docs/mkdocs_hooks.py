@@ -182,7 +182,7 @@ def notebook(content: dict[str, Any]) -> str:
         source = "".join(cell["source"])
         parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
         for output in cell.get("outputs", ()):
-            if output["output_type"] == "stream":
+            if output.get("name") == "stdout":
                 parts.append(f"```text\n{''.join(output['text'])}```")
             elif "image/png" in output.get("data", {}):
                 picture = "".join(output["data"]["image/png"].split())
@@ -220,7 +220,7 @@ def budgets(cells: list[Cell]) -> str:
         low, high = ours["psnr_ci"]
         rows.append(
             [f"{ours['full_steps']:g}", f"{ours['evaluations_speedup']:.2f}x", _times(ours),
-             f"**{ours['psnr_db']:.1f}** [{low:.1f}, {high:.1f}]", f"{ours['ssim']:.3f}", _named(other), _named(solver)]
+             f"**{ours['psnr_db']:.1f}**&nbsp;[{low:.1f},&nbsp;{high:.1f}]", f"{ours['ssim']:.3f}", _named(other), _named(solver)]
         )  # fmt: skip
     head = ["full steps", "fewer evaluations", "less time", "TAP, dB [95 %]", "SSIM", "best other", "best solver"]
     svg = evaluations_plot(cells, BASELINE)

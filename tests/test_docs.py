@@ -239,10 +239,11 @@ def test_figures_are_those_of_the_bench(file: Path) -> None:
     timed = budgets[len(budgets) // 2]
     order = [float(cell) for (_, budget), cell in shown.items() if budget == timed and cell != "–"]
     assert order == sorted(order, reverse=True)
-    table = mkdocs_hooks.budgets(measured)
+    table = mkdocs_hooks.budgets(measured).replace("&nbsp;", " ")
     for cell in measured:
         if cell["method"] == "tap":
-            assert f"**{cell['psnr_db']:.1f}** [{cell['psnr_ci'][0]:.1f}, {cell['psnr_ci'][1]:.1f}]" in table
+            low, high = cell["psnr_ci"]
+            assert f"**{cell['psnr_db']:.1f}** [{low:.1f}, {high:.1f}]" in table
     assert 'class="plot"><svg' in table
 
 

@@ -16,7 +16,7 @@ FILE = Path(__file__).parent.parent / "examples" / "quality_for_speed.ipynb"
 
 
 def printed(cell: dict[str, Any]) -> str:
-    return "".join(text for output in cell["outputs"] for text in output.get("text", ()))
+    return "".join(text for output in cell["outputs"] if output.get("name") == "stdout" for text in output["text"])
 
 
 @pytest.mark.slow
@@ -30,7 +30,6 @@ def test_the_notebook_gives_what_it_shows(monkeypatch: pytest.MonkeyPatch) -> No
         text, shown = out.getvalue(), printed(cell)
         assert re.sub(r"[\d.]+", "#", text) == re.sub(r"[\d.]+", "#", shown)
         values = [[float(number) for number in re.findall(r"\d+(?:\.\d+)?", part)] for part in (text, shown)]
-        assert values[0] == pytest.approx(values[1], abs=0.3), "execute it again"  # dB, on another processor
-    ours, *others = namespace["quality"].values()
-    assert all(own > max(other) for own, *other in zip(ours, *others, strict=True))
+        # In dB, of which another processor may give a little more or less.
+        assert values[0] == pytest.approx(values[1], abs=0.3), f"jupyter nbconvert --execute --inplace {FILE.name}"
     assert sum("image/png" in output.get("data", ()) for cell in cells for output in cell["outputs"]) == 2
