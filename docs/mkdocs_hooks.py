@@ -43,12 +43,10 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
     wanted = {path for page in markdown_files() for path in linked(page.read_text("utf-8"), page.parent)}
     for path in sorted(wanted):
-        files.append(File.generated(config, code_page(path), content=code(path)))
-        if (ROOT / path).is_dir():
-            for file in sorted((ROOT / path).glob("*.py")):
-                inner = file.relative_to(ROOT).as_posix()
-                if inner not in wanted:
-                    files.append(File.generated(config, code_page(inner), content=code(inner)))
+        wanted |= {file.relative_to(ROOT).as_posix() for file in (ROOT / path).glob("*.py")}
+    for path in sorted(wanted):
+        content = f"---\nsearch:\n  exclude: true\n---\n{code(path)}"
+        files.append(File.generated(config, code_page(path), content=content))
     return files
 
 
@@ -218,10 +216,9 @@ def budgets(cells: list[Cell]) -> str:
         solver = _best([cell for cell in at if cell["family"] == "solver"])
         other = _best([cell for cell in at if cell["family"] in ("rival", "peer")])
         low, high = ours["psnr_ci"]
-        rows.append(
-            [f"{ours['full_steps']:g}", f"{ours['evaluations_speedup']:.2f}x", _times(ours),
-             f"**{ours['psnr_db']:.1f}**&nbsp;[{low:.1f},&nbsp;{high:.1f}]", f"{ours['ssim']:.3f}", _named(other), _named(solver)]
-        )  # fmt: skip
+        ratios = [f"{ours['full_steps']:g}", f"{ours['evaluations_speedup']:.2f}x", _times(ours)]
+        quality = [f"**{ours['psnr_db']:.1f}**&nbsp;[{low:.1f},&nbsp;{high:.1f}]", f"{ours['ssim']:.3f}"]
+        rows.append([*ratios, *quality, _named(other), _named(solver)])
     head = ["full steps", "fewer evaluations", "less time", "TAP, dB [95 %]", "SSIM", "best other", "best solver"]
     svg = evaluations_plot(cells, BASELINE)
     return f'{_table(head, rows)}\n\n<div class="plot">{_unindented(svg)}</div>'
