@@ -45,7 +45,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     for path in sorted(wanted):
         wanted |= {file.relative_to(ROOT).as_posix() for file in (ROOT / path).glob("*.py")}
     for path in sorted(wanted):
-        content = f"---\nsearch:\n  exclude: true\n---\n{code(path)}"
+        content = f"---\nsearch: {{exclude: true}}\nhide: [toc]\n---\n{code(path)}"
         files.append(File.generated(config, code_page(path), content=content))
     return files
 
@@ -163,14 +163,14 @@ def code(path: str) -> str:
         page = code_page(path)
         here = posixpath.dirname(page)
         files = [file.relative_to(ROOT).as_posix() for file in sorted(place.glob("*.py"))]
-        items = [f"- [{Path(file).name}]({posixpath.relpath(code_page(file), here)})" for file in files]
-        return "\n".join([f"# {path}", "", *items, ""])
+        items = [f"- [`{Path(file).name}`]({posixpath.relpath(code_page(file), here)})" for file in files]
+        return "\n".join([f"# `{path}`", "", *items, ""])
     text = place.read_text("utf-8")
     if place.suffix == ".md":
         return re.sub(r"(?s)\A---.*?^---\n", "", text, flags=re.MULTILINE)  # a model card's front matter
     if place.suffix == ".ipynb":
         return notebook(json.loads(text))
-    return f"# {path}\n\n``````{place.suffix.lstrip('.') or 'text'}\n{text}\n``````\n"
+    return f"# `{path}`\n\n``````{place.suffix.lstrip('.') or 'text'}\n{text}\n``````\n"
 
 
 def notebook(content: dict[str, Any]) -> str:

@@ -200,7 +200,7 @@ def test_links_out_of_the_documentation_lead_to_pages_of_code() -> None:
     )
     assert mkdocs_hooks.linked(text, docs) == {"src/tap_diffusion/cache.py", "src/tap_diffusion/predictors"}
     assert text_of("src/tap_diffusion/cache.py") in mkdocs_hooks.code("src/tap_diffusion/cache.py")
-    assert "- [newton.py](newton.py.md)" in mkdocs_hooks.code("src/tap_diffusion/predictors")
+    assert "- [`newton.py`](newton.py.md)" in mkdocs_hooks.code("src/tap_diffusion/predictors")
 
 
 def test_lists_begin_after_an_empty_line() -> None:
