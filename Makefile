@@ -5,7 +5,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo bench test quick lint clean
+.PHONY: help demo bench test quick lint docs clean
 
 help: ## show this
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -31,6 +31,9 @@ lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+docs: $(INSTALLED) ## the documentation, into out/site; `.venv/bin/mkdocs serve` shows it while it is written
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean: ## remove the environment and all output
 	rm -rf .venv out dist
