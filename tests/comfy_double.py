@@ -665,8 +665,8 @@ class JointBlock(nn.Module):
         self.context_block, self.x_block = DismantledBlock(pre_only), DismantledBlock(False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        blocks = {"context_block": self.context_block, "x_block": self.x_block}
-        return block_mixing(*args, **blocks, **kwargs)
+        mix: Any = block_mixing
+        return mix(*args, context_block=self.context_block, x_block=self.x_block, **kwargs)
 
 
 class OpenAISignatureMMDITWrapper(nn.Module):
