@@ -5,6 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # TAP's kernels run on the CPU; must be said before triton is imported
+
 from diffusers import FluxPipeline
 
 from tap_diffusion.demo import EMOJI

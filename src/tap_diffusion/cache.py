@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tap_diffusion.selection import gram_matrix
+from tap_diffusion.kernels import gram_matrix
 
 
 class History:

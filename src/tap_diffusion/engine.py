@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tap_diffusion import kernels
 from tap_diffusion.cache import History
 from tap_diffusion.compiling import uncompiled
 from tap_diffusion.config import TAPConfig
@@ -22,7 +23,7 @@ from tap_diffusion.errors import TAPWarning
 from tap_diffusion.predictors import Candidate, candidates, difference_matrix
 from tap_diffusion.reporting import Choice, Report
 from tap_diffusion.schedule import FEWEST, plan
-from tap_diffusion.selection import choose, combine, combine_chosen, proxy_losses, proxy_losses_onepass
+from tap_diffusion.selection import all_finite, choose
 from tap_diffusion.timeline import Timeline
 from tap_diffusion.tracking import Call
 
@@ -200,19 +201,21 @@ class Engine:
             raise Fallback("no finite anchor")
         if not history.fits(hidden_states):
             raise Fallback("the shape, dtype or device of the hidden states changed")
-        config = self.config
         members, coefficients = self._candidates(tuple(history.times), call.step)
+        late = self.checks_late(hidden_states)
         if len(members) == 1:
-            predicted = combine(history.residual, coefficients[0].tolist())
-            return self._checked(call, hidden_states, predicted, None, history)
-        h = probe()
-        if config.loss == "l1":
-            losses = proxy_losses(h, history.probe, coefficients, config.loss)
-        else:
-            losses = proxy_losses_onepass(h, history.probe, history.gram, coefficients, config.loss)
-        choice = self._choose(losses)
-        result = self._checked(call, hidden_states, combine_chosen(history.residual, coefficients, choice), h, history)
-        self._pending.append(Choice(call.step, call.branch, members, choice.to(torch.uint8)))
+            result, doubt = kernels.combine(hidden_states, history.residual, coefficients, mend=late)
+            self._trust(call, doubt, late)
+            return result
+        loss, h = self.config.loss, probe()
+        gram = None if loss == "l1" else history.gram
+        # What a subclass makes of the losses can't be fused with them.
+        choose = self.config.granularity if type(self)._choose is Engine._choose else self._choose
+        result, choice, doubt = kernels.predict(
+            hidden_states, h, history.probe, gram, history.residual, coefficients, loss, choose, mend=late
+        )
+        self._trust(call, doubt, late)
+        self._pending.append(Choice(call.step, call.branch, members, choice))
         return result
 
     def _candidates(self, times: tuple[float, ...], t: float) -> tuple[list[Candidate], Tensor]:
@@ -226,18 +229,23 @@ class Engine:
     def _checked(
         self, call: Call, hidden_states: Tensor, predicted: Tensor, h: Tensor | None, history: History
     ) -> Tensor:
-        """x + r̂ if everything is finite; else a fallback, on a GPU one step late so that nothing waits for it."""
+        """x + r̂ for subclasses that predict in their own way, checked as :meth:`predict` does."""
         result = (hidden_states + predicted).to(hidden_states.dtype)
-        if not self.checks_late(result):
-            if not _all_finite(result, h):
+        late = self.checks_late(result)
+        self._trust(call, ~_finite(result, h), late)
+        if late:
+            result = torch.where(result.isfinite(), result, (hidden_states + history.residual[0]).to(result.dtype))
+        return result
+
+    def _trust(self, call: Call, doubt: Tensor, late: bool) -> None:
+        """Raise Fallback where something is not finite; on a GPU one step late, so that nothing waits for it."""
+        if not late:
+            if doubt:
                 raise Fallback("non-finite values")
-            return result
-        doubt = ~_finite(result, h)
+            return
         if call.branch in self._doubts:  # not arrived yet
-            doubt |= self._doubts[call.branch].flag
+            doubt = doubt | self._doubts[call.branch].flag
         self._doubts[call.branch] = _LateFlag(doubt)
-        reused = hidden_states + history.residual[0]
-        return torch.where(result.isfinite(), result, reused)
 
     @staticmethod
     def checks_late(tensor: Tensor) -> bool:
@@ -285,8 +293,7 @@ class _LateFlag:
 
 
 def _finite(*tensors: Tensor | None) -> Tensor:
-    flags = [tensor.isfinite().all() for tensor in tensors if tensor is not None]
-    return torch.stack(flags).all()
+    return all_finite(*(tensor for tensor in tensors if tensor is not None))
 
 
 def _all_finite(*tensors: Tensor | None) -> bool:

@@ -59,10 +59,6 @@ def proxy_losses_onepass(
 ) -> Tensor:
     """The same losses from inner products alone: one read of the probe and its history, however many candidates.
 
-    With d = h - D_0 and c' = c - (1, 0, …), the error is e = Σ c'_i D_i - d, hence ‖e‖² = ‖d‖² - 2 c'·g + c'ᵀGc'
-    with g_i = ⟨d, D_i⟩. Cosine distance follows without cancellation from
-    1 - cos = (‖e‖² - (‖ĥ‖ - ‖h‖)²) / (2 ‖ĥ‖ ‖h‖), where ‖ĥ‖² - ‖h‖² = ‖e‖² + 2⟨h, e⟩.
-
     Args:
         probe, differences, coefficients, loss: as for :func:`proxy_losses`; ``l1`` is no function of inner
             products and raises ValueError.
@@ -71,13 +67,27 @@ def proxy_losses_onepass(
     Returns:
         (K, B, N), float32 or better.
     """
+    return losses_of_products(*inner_products(probe, differences), gram, coefficients, loss)
+
+
+def inner_products(probe: Tensor, differences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """‖d‖² (B, N) and g_i = ⟨d, D_i⟩ (B, N, H) of d = h - D_0."""
+    d = _wide(probe) - differences[0]
+    return (d * d).sum(-1), torch.stack([(d * difference).sum(-1) for difference in differences], dim=-1)
+
+
+def losses_of_products(d_squared: Tensor, g: Tensor, gram: Tensor, coefficients: Tensor, loss: Loss) -> Tensor:
+    """Proxy losses (K, B, N) from :func:`inner_products` and :func:`gram_matrix`.
+
+    With c' = c - (1, 0, …), the error is e = Σ c'_i D_i - d, hence ‖e‖² = ‖d‖² - 2 c'·g + c'ᵀGc'. Cosine distance
+    follows without cancellation from 1 - cos = (‖e‖² - (‖ĥ‖ - ‖h‖)²) / (2 ‖ĥ‖ ‖h‖), where
+    ‖ĥ‖² - ‖h‖² = ‖e‖² + 2⟨h, e⟩.
+    """
     if loss == "l1":
         raise ValueError("the L1 loss does not follow from inner products; use proxy_losses")
-    d = _wide(probe) - differences[0]
-    g = torch.stack([(d * difference).sum(-1) for difference in differences], dim=-1)
-    d_squared = d.square().sum(-1)
-    c = torch.cat([coefficients[:, :1] - 1, coefficients[:, 1:]], dim=1).to(gram)
-    quadratic = torch.einsum("kh,bnhi,ki->kbn", c, gram, c)
+    c = torch.cat([coefficients[:, :1] - 1, coefficients[:, 1:]], dim=1).to(gram, non_blocking=True)
+    pairs = (c.unsqueeze(2) * c.unsqueeze(1)).flatten(1)
+    quadratic = torch.einsum("kp,bnp->kbn", pairs, gram.flatten(2))
     error = (d_squared - 2 * torch.einsum("kh,bnh->kbn", c, g) + quadratic).clamp_min(0)
     if loss == "l2":
         return error
@@ -104,19 +114,23 @@ def choose(losses: Tensor, granularity: Granularity) -> Tensor:
     Returns:
         (B, N) int64.
     """
+    tokens = losses.shape[1:]
     losses = losses.nan_to_num(nan=torch.inf)
     if granularity == "sample":
-        losses = losses.mean(2, keepdim=True).expand_as(losses)
+        losses = losses.mean(2, keepdim=True)
     elif granularity == "batch":
-        losses = losses.mean((1, 2), keepdim=True).expand_as(losses)
-    return losses.argmin(0)
+        losses = losses.mean((1, 2), keepdim=True)
+    return losses.min(0).indices.expand(tokens)  # on a CPU much faster than argmin, and the first of equals as well
 
 
 def combine(differences: Sequence[Tensor], coefficients: Sequence[float | Tensor]) -> Tensor:
     """Σ_i c_i D_i in float32 or better; each c_i is a number or a tensor that broadcasts over (B, N, D)."""
     result = _wide(differences[0]) * coefficients[0]
     for difference, coefficient in zip(differences[1:], coefficients[1:], strict=True):
-        result = result + _wide(difference) * coefficient
+        if isinstance(coefficient, Tensor):
+            result = torch.addcmul(result, _wide(difference), coefficient)
+        else:
+            result = torch.add(result, difference, alpha=coefficient)
     return result
 
 
@@ -132,8 +146,14 @@ def combine_chosen(differences: Sequence[Tensor], coefficients: Tensor, choice: 
         (B, N, D), float32 or better.
     """
     wide = torch.promote_types(differences[0].dtype, torch.float32)
-    rows = coefficients.to(dtype=wide, device=choice.device)[choice]  # (B, N, H)
+    rows = coefficients.to(choice.device, wide, non_blocking=True)[choice]  # (B, N, H)
     return combine(differences, [row.unsqueeze(-1) for row in rows.unbind(-1)])
+
+
+def all_finite(*tensors: Tensor) -> Tensor:
+    """Whether all values of all tensors are finite: a bool tensor without dimensions, where the tensors are."""
+    # The extremes, which are NaN where a value is, take one read; isfinite takes several passes over the tensor.
+    return torch.stack([torch.stack(tensor.aminmax()).isfinite().all() for tensor in tensors]).all()
 
 
 def _wide(tensor: Tensor) -> Tensor:

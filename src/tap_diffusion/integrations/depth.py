@@ -12,7 +12,6 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -249,7 +248,10 @@ class Depth:
         return tuple(arguments.get(name) for name in self.spec.outputs)
 
     def _get(self, place: str) -> Any:
-        return attrgetter(place)(self.module)
+        found: Any = self.module
+        for name in place.split("."):
+            found = found._modules.get(name)  # a third of the time of attributes, and this is asked at every call
+        return found
 
     def _set(self, places: dict[str, nn.Module]) -> None:
         for place, module in places.items():
