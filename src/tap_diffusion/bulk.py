@@ -447,9 +447,7 @@ def connect(address: str | None, device: str | None) -> str:
     return device or ("cuda" if ray.cluster_resources().get("GPU") else "cpu")
 
 
-def on_ray(
-    settings: Settings, todo: Sequence[Sequence[Row]], device: str, workers: int | None = None
-) -> Iterator[Any]:
+def on_ray(settings: Settings, todo: Sequence[Sequence[Row]], device: str, workers: int | None = None) -> Iterator[Any]:
     """Engine: Ray Data over a pool of actors, a worker each. :func:`connect` first.
 
     Args:

@@ -229,7 +229,9 @@ def _generate_many(
     if good:
         full, predicted = (sum(entry[name] for entry in good) for name in ("full_steps", "predicted_steps"))
         console.print(f"steps: {full} full, {predicted} predicted", highlight=False)
-    console.print(f"{len(good)} pictures, {len(errors)} failed, manifest.parquet in {out}", highlight=False, markup=False)
+    console.print(
+        f"{len(good)} pictures, {len(errors)} failed, manifest.parquet in {out}", highlight=False, markup=False
+    )
     if errors:
         raise typer.Exit(1)
 

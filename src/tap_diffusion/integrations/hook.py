@@ -14,6 +14,7 @@ from tap_diffusion.config import TAPConfig
 from tap_diffusion.engine import Engine, Fallback
 from tap_diffusion.errors import UnsupportedModelError
 from tap_diffusion.integrations.depth import Depth, Streams, named
+from tap_diffusion.ranks import Ranks
 from tap_diffusion.reporting import stopwatch
 from tap_diffusion.tracking import Call, StepTracker
 
@@ -23,7 +24,7 @@ class TAPHook(ModelHook):
 
     Args:
         config: see :class:`TAPConfig`.
-        depth: of the transformer.
+        depth: of the transformer, whose parallelism has been enabled already, if any.
     """
 
     _is_stateful = True  # makes diffusers' `cache_context` tell this hook the name of the branch
@@ -31,7 +32,8 @@ class TAPHook(ModelHook):
     def __init__(self, config: TAPConfig, depth: Depth) -> None:
         super().__init__()
         self.spec = depth.spec
-        self.engine = Engine(config)
+        self._parallelism = _parallelism(depth.module)
+        self.engine = Engine(config, _ranks(self._parallelism))
         self.tracker = StepTracker()
         self._context = StateManager(BaseState)
         self._depth = depth
@@ -44,6 +46,11 @@ class TAPHook(ModelHook):
         if not self._depth.is_current():
             self._depth = Depth(module, self.spec)
         try:
+            if _parallelism(module) is not self._parallelism:
+                raise UnsupportedModelError(
+                    f"parallelism was enabled on this {type(module).__name__} when TAP was there already;"
+                    " call tap.enable(...) again, after enable_parallelism(...)"
+                )
             timestep = arguments.get(self.spec.timestep)
             if timestep is None:
                 raise ValueError(f"{type(module).__name__} got no {self.spec.timestep}, by which TAP tells its steps")
@@ -158,7 +165,7 @@ class TAPHook(ModelHook):
         """Probe features h of each stream, (B, N, D'); the first block's output is computed where it is not given."""
         if self.spec.probe and self.engine.config.probe == "modulated_input":
             name = self.spec.streams[0].argument
-            h, x = _flat(depth.attention_input(arguments)), self._tokens(arguments[name])
+            h, x = _flat(depth.attention_input(arguments)), self._tokens(self._streams(arguments)[name])
             if h.shape[:2] != x.shape[:2]:
                 raise UnsupportedModelError(
                     f"{type(depth.module).__name__}: the probe has {tuple(h.shape[:2])} tokens and the stream"
@@ -170,6 +177,7 @@ class TAPHook(ModelHook):
 
     def _streams(self, arguments: dict[str, Any]) -> Streams:
         """What enters the first block, without streams that this call leaves out (video without sound)."""
+        arguments = self._depth.split(arguments)
         return {s.argument: arguments[s.argument] for s in self.spec.streams if arguments.get(s.argument) is not None}
 
     def _tokens(self, x: Tensor) -> Tensor:
@@ -191,6 +199,17 @@ def _moved(output: Any, predicted: Any, share: float) -> Any:
         return torch.where(result.isfinite(), result, value)
 
     return tree_map(moved, output, predicted)
+
+
+def _parallelism(module: nn.Module) -> Any:
+    """diffusers' configuration of it; None where the module runs in one process."""
+    return getattr(module, "_parallel_config", None)
+
+
+def _ranks(parallelism: Any) -> Ranks:
+    """The processes that have the other tokens. Tensor parallelism splits weights: all tokens are everywhere."""
+    context = getattr(parallelism, "context_parallel_config", None)
+    return Ranks() if context is None else Ranks(context._flattened_mesh.get_group())
 
 
 def _flat(x: Tensor) -> Tensor:
