@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import diffusers
 import pyarrow as pa
@@ -37,20 +36,11 @@ from tap_diffusion.errors import UsageError
 from tap_diffusion.files import write_whole
 from tap_diffusion.generate import Request, draw, load_pipeline
 from tap_diffusion.integrations.api import enable, report
+from tap_diffusion.rows import ROWS, Row, batches
 
-TRIES = 4  # of a batch whose worker dies
+TRIES = 3  # of a batch whose worker dies
 
-ROWS = pa.schema(
-    [
-        ("id", pa.string()),
-        ("prompt", pa.string()),
-        ("seed", pa.int64()),
-        ("negative_prompt", pa.string()),
-        ("width", pa.int64()),
-        ("height", pa.int64()),
-    ]
-)
-_OUTCOMES = pa.schema(
+MANIFEST = pa.schema(
     [
         *ROWS,
         ("file", pa.string()),  # in the output folder; null where there is an error
@@ -61,29 +51,10 @@ _OUTCOMES = pa.schema(
         ("predicted_steps", pa.int64()),
         ("device", pa.string()),
         ("worker", pa.string()),  # host:process
+        ("settings", pa.string()),  # JSON, what all pictures of a run have in common
     ]
 )
-MANIFEST = _OUTCOMES.append(pa.field("settings", pa.string()))  # JSON, what all pictures of a run have in common
-_RESULTS = _OUTCOMES.append(pa.field("png", pa.binary()))
-
-
-@dataclass(frozen=True)
-class Row:
-    """One picture to generate.
-
-    Attributes:
-        id: names it; no two rows of a run have the same.
-        seed: of its own generator.
-        negative_prompt: None is an empty one.
-        width, height: pixels; None is the model's own.
-    """
-
-    id: str
-    prompt: str
-    seed: int
-    negative_prompt: str | None = None
-    width: int | None = None
-    height: int | None = None
+RESULTS = MANIFEST.append(pa.field("png", pa.binary()))
 
 
 @dataclass(frozen=True)
@@ -108,7 +79,7 @@ class Settings:
         return json.dumps(asdict(self) | {"config": self.config.to_dict(), "versions": versions}, sort_keys=True)
 
 
-Engine = Callable[[Settings, Sequence[Sequence[Row]]], Iterator[Any]]  # batches to tables of results, in any order
+Engine = Callable[[Settings, Sequence[Sequence[Row]]], Iterator[Any]]  # batches -> tables of RESULTS, in any order
 
 
 def generate_many(
@@ -117,12 +88,12 @@ def generate_many(
     out: Path,
     engine: Engine,
     batch_size: int = 8,
-    progress: Callable[[int, int], None] = lambda done, failed: None,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[dict[str, Any]]:
     """Generate all rows that the folder doesn't hold yet.
 
     Args:
-        engine: :func:`here`, or :func:`on_ray` with its options.
+        engine: :func:`here` or :func:`on_ray`, with their options.
         batch_size: pictures generated at a time, all of one size.
         progress: told how many rows more are done, and how many of these have failed.
 
@@ -138,8 +109,10 @@ def generate_many(
             "granularity 'batch' makes a picture depend on the others in its batch; give --batch-size 1, or choose"
             " 'sample' or 'token'"
         )
-    manifest = Manifest(out, settings)
-    finished = manifest.finished(rows)
+    if Path(settings.model).is_dir():
+        settings = replace(settings, model=str(Path(settings.model).resolve()))  # workers may start in another folder
+    manifest = Manifest(out)
+    finished = manifest.finished(rows, settings)
     progress(len(finished), 0)
     left = ([row for row in batch if row.id not in finished] for batch in batches(rows, batch_size))
     todo = [batch for batch in left if batch]
@@ -148,11 +121,11 @@ def generate_many(
         for results in engine(settings, todo) if todo else ():
             manifest.add(results)
             for name in results["id"].to_pylist():
-                del lost[name]
+                lost.pop(name, None)
             progress(len(results), len(results) - results["error"].null_count)
         if lost:
-            error = f"its worker died, {TRIES} times in a row; out of memory?"
-            manifest.add(_table(asdict(row) | {"error": error} for row in lost.values()))
+            error = f"the worker that generated its batch died, {TRIES} times in a row; out of memory?"
+            manifest.add(_table(settings, [asdict(row) | {"error": error} for row in lost.values()]))
             progress(len(lost), len(lost))
     finally:
         manifest.merge([row.id for row in rows])
@@ -160,134 +133,32 @@ def generate_many(
     return [entries[row.id] for row in rows]
 
 
-def batches(rows: Sequence[Row], size: int) -> list[list[Row]]:
-    """At most ``size`` rows each, all of one width and height, by the order of their first rows."""
-    by_size: dict[tuple[int | None, int | None], list[tuple[int, Row]]] = {}
-    for place, row in enumerate(rows):
-        by_size.setdefault((row.width, row.height), []).append((place, row))
-    cut = [same[i : i + size] for same in by_size.values() for i in range(0, len(same), size)]
-    return [[row for _, row in batch] for batch in sorted(cut, key=lambda batch: batch[0][0])]
-
-
-# ------------------------------------------------------------------------------------------------------------- the file
-
-
-def read_rows(
-    file: Path, seed: int, width: int | None = None, height: int | None = None
-) -> tuple[list[Row], list[str]]:
-    """Read what to generate: JSON lines, Parquet, or (any other name) one prompt a line.
-
-    A row without ``id`` is called by its place in the file, and without ``seed`` it has ``seed`` plus that place.
-
-    Args:
-        width, height: of rows that have none.
-
-    Returns:
-        the rows, and the names of columns that mean nothing here.
-
-    Raises:
-        UsageError: the file can't be read, a value is of the wrong type, or two rows have the same id.
-    """
-    try:
-        records = list(_records(file))
-    except (OSError, ValueError, pa.ArrowException) as error:  # a ValueError is of the encoding, or JSON's
-        raise UsageError(f"can't read the prompt file {file}: {error}") from error
-    if not records:
-        raise UsageError(f"the prompt file {file} is empty")
-    rows, places = [], {}
-    for place, record in enumerate(records):
-        try:
-            row = _row(record, place, seed, width, height)
-        except ValueError as error:
-            raise UsageError(f"{file}, row {place + 1}: {error}") from error
-        if row.id in places:
-            raise UsageError(f"{file}, rows {places[row.id] + 1} and {place + 1}: both have the id '{row.id}'")
-        places[row.id] = place
-        rows.append(row)
-    return rows, sorted({name for record in records for name in record} - set(ROWS.names))
-
-
-def _records(file: Path) -> Iterator[dict[str, Any]]:
-    if file.suffix == ".parquet":
-        yield from pq.read_table(file).to_pylist()
-        return
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        if file.suffix != ".jsonl":
-            yield {"prompt": line.strip()}
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} is not JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"line {number} is not a JSON object")
-        yield record
-
-
-def _row(record: dict[str, Any], place: int, seed: int, width: int | None, height: int | None) -> Row:
-    def text(name: str) -> str | None:
-        value = record.get(name)
-        if value is not None and not isinstance(value, str):
-            raise ValueError(f"its {name} is {value!r}, not a string")
-        return value
-
-    def number(name: str, least: int, default: int | None) -> int | None:
-        value = record.get(name)
-        if value is None or value != value:  # pandas writes a missing integer as NaN, and the others as floats
-            return default
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
-            raise ValueError(f"its {name} is {value!r}, not an integer of at least {least}")
-        return value
-
-    prompt, name = text("prompt"), record.get("id")
-    if prompt is None:
-        raise ValueError("it has no prompt")
-    if name is None:
-        name = f"{place:06d}"
-    elif not isinstance(name, str | int) or isinstance(name, bool) or name == "":
-        raise ValueError(f"its id is {name!r}, not a string or an integer")
-    own = number("seed", 0, None)
-    return Row(
-        str(name), prompt, seed + place if own is None else own, text("negative_prompt"),
-        number("width", 1, width), number("height", 1, height),
-    )  # fmt: skip
-
-
-# ----------------------------------------------------------------------------------------------------------- the folder
-
-
 class Manifest:
     """What a folder holds: ``manifest.parquet``, and a part for each batch that was finished since.
 
     Args:
         out: the folder.
-        settings: of the pictures that it holds, or that are to come.
     """
 
-    def __init__(self, out: Path, settings: Settings) -> None:
-        self.out, self._settings = out, settings.to_json()
+    def __init__(self, out: Path) -> None:
+        self.out = out
         self._pictures, self._parts, self._merged = out / "pictures", out / "parts", out / "manifest.parquet"
         self._pictures.mkdir(parents=True, exist_ok=True)
         self._parts.mkdir(exist_ok=True)
-        self._count = max((int(part.name.partition("-")[0]) for part in self._parts.glob("*.parquet")), default=0)
 
     def entries(self) -> dict[str, dict[str, Any]]:
         """The newest entry of each id."""
-        return self._read(self._files())
+        return _read(self._files())
 
-    def finished(self, rows: Iterable[Row]) -> set[str]:
+    def finished(self, rows: Iterable[Row], settings: Settings) -> set[str]:
         """Ids of the rows whose pictures are there.
 
         Raises:
             UsageError: they were made with other settings, or from other rows.
         """
         good = {name: entry for name, entry in self.entries().items() if entry["error"] is None}
-        for before in {entry["settings"] for entry in good.values()} - {self._settings}:
-            name, old, new = _difference(json.loads(before), json.loads(self._settings))
+        for before in {entry["settings"] for entry in good.values()} - {settings.to_json()}:
+            name, old, new = _difference(json.loads(before), json.loads(settings.to_json()))
             raise UsageError(f"{self.out} holds pictures made with {name} {old}, not {new}; choose another --out")
         there = {file.name for file in self._pictures.iterdir()}
         finished = set()
@@ -309,17 +180,14 @@ class Manifest:
         for file, png in zip(results["file"].to_pylist(), results["png"].to_pylist(), strict=True):
             if file is not None:
                 write_whole(self.out / file, lambda partial, png=png: partial.write_bytes(png))
-        self._count += 1
-        # The rest of its name keeps two runs in one folder from losing each other's.
-        part = self._parts / f"{self._count:06d}-{uuid.uuid4().hex[:8]}.parquet"
-        outcomes = results.select(_OUTCOMES.names)
-        table = outcomes.append_column(MANIFEST.field("settings"), pa.array([self._settings] * len(outcomes)))
-        write_whole(part, lambda partial: pq.write_table(table, partial))
+        # In order of time, the newest last; the rest of the name keeps two runs in one folder from losing each other's.
+        part = self._parts / f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.parquet"
+        write_whole(part, lambda partial: pq.write_table(results.drop_columns("png"), partial))
 
     def merge(self, order: Sequence[str]) -> None:
         """Make one file of all, these ids first."""
         files = self._files()
-        entries = self._read(files)
+        entries = _read(files)
         first = {name: entries[name] for name in order if name in entries}
         table = pa.Table.from_pylist(list((first | entries).values()), schema=MANIFEST)
         write_whole(self._merged, lambda partial: pq.write_table(table, partial))
@@ -333,14 +201,14 @@ class Manifest:
         merged = [self._merged] if self._merged.exists() else []
         return merged + sorted(self._parts.glob("*.parquet"))
 
-    @staticmethod
-    def _read(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-        return {entry["id"]: entry for file in files for entry in pq.read_table(file).to_pylist()}
+
+def _read(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    return {entry["id"]: entry for file in files for entry in pq.read_table(file).to_pylist()}
 
 
 def _difference(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, Any, Any]:
     """The first of two settings that differ, by its own name."""
-    for name in before.keys() | after.keys():
+    for name in sorted(before.keys() | after.keys()):
         old, new = before.get(name), after.get(name)
         if isinstance(old, dict) and isinstance(new, dict) and old != new:
             return _difference(old, new)
@@ -373,7 +241,7 @@ class Worker:
 
     def __call__(self, batch: Any) -> Any:
         """Results of a batch of rows of one size, a table for a table."""
-        return _table(self._try([Row(**row) for row in batch.to_pylist()]))
+        return _table(self.settings, self._try([Row(**row) for row in batch.to_pylist()]))
 
     def _request(self, width: int | None, height: int | None) -> Request:
         return Request((), self.settings.steps, guidance=self.settings.guidance, height=height, width=width)
@@ -408,7 +276,7 @@ class Worker:
             "predicted_steps": account.predicted_steps,
         }
         return [
-            asdict(row) | common | {"file": f"pictures/{quote(row.id, safe='')}.png", "png": file.getvalue()}
+            asdict(row) | common | {"file": f"pictures/{row.stem}.png", "png": file.getvalue()}
             for row, file in zip(rows, files, strict=True)
         ]
 
@@ -417,8 +285,9 @@ class _Coupled(Exception):
     """The samples of a batch depend on each other."""
 
 
-def _table(entries: Iterable[dict[str, Any]]) -> Any:
-    return pa.Table.from_pylist(list(entries), schema=_RESULTS)
+def _table(settings: Settings, entries: Iterable[dict[str, Any]]) -> Any:
+    common = {"settings": settings.to_json()}
+    return pa.Table.from_pylist([entry | common for entry in entries], schema=RESULTS)
 
 
 def here(settings: Settings, todo: Sequence[Sequence[Row]], device: str) -> Iterator[Any]:
@@ -437,13 +306,13 @@ def connect(address: str | None, device: str | None) -> str:
         import ray.data
     except ModuleNotFoundError as error:
         raise UsageError(f"--engine ray needs {error.name}: pip install 'tap-diffusion[ray]'") from error
+    if device not in (None, "cpu", "cuda"):
+        raise UsageError(f"--device is cpu or cuda with --engine ray, not '{device}': Ray gives each worker a GPU")
     if not ray.is_initialized():
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError) as error:
             raise UsageError(f"no Ray cluster at {address}: {' '.join(str(error).split())}") from error
-    if device not in (None, "cpu", "cuda"):
-        raise UsageError(f"--device is cpu or cuda with --engine ray, not '{device}': Ray gives each worker a GPU")
     return device or ("cuda" if ray.cluster_resources().get("GPU") else "cpu")
 
 
@@ -453,35 +322,44 @@ def on_ray(settings: Settings, todo: Sequence[Sequence[Row]], device: str, worke
     Args:
         workers: at most as many as there are GPUs, which is the default; on CPUs they share those of a machine, and
             the default is one for each machine.
+
+    Raises:
+        UsageError: there are fewer GPUs, or a worker can't start.
     """
     import ray
 
-    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = int(sum(resources.get("GPU", 0) for resources in machines))
-    if device == "cuda":
-        if (workers or 1) > gpus:
-            raise UsageError(f"{workers or 1} workers on GPUs, and the cluster has {gpus} of them")
-        share: dict[str, float] = {"num_gpus": 1}
-        workers = workers or gpus
-    else:
-        workers = workers or len(machines)
-        cores = min(resources.get("CPU", 1) for resources in machines) / ceil(workers / len(machines))
-        share = {"num_cpus": int(cores) if cores >= 1 else cores}
-    if Path(settings.model).is_dir():
-        settings = replace(settings, model=str(Path(settings.model).resolve()))  # workers start in another folder
+    workers, share = _shares([node["Resources"] for node in ray.nodes() if node["Alive"]], device, workers)
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    context.enable_progress_bars = context.print_on_execution_start = False
     context.max_errored_blocks = -1  # a batch that no worker survives doesn't end the run
     results = ray.data.from_arrow([_as_table(batch) for batch in todo]).map_batches(
         Worker,
         fn_constructor_args=(settings, device),
         batch_size=None,  # a block, which is one of our batches
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=min(workers, len(todo))),
+        # One batch at a time, so that a death counts against the batch that caused it alone.
+        compute=ray.data.ActorPoolStrategy(size=min(workers, len(todo)), max_tasks_in_flight_per_actor=1),
         max_task_retries=TRIES - 1,
         **share,
     )
-    yield from results.iter_batches(batch_size=None, batch_format="pyarrow")
+    try:
+        yield from results.iter_batches(batch_size=None, batch_format="pyarrow")
+    except ray.exceptions.ActorDiedError as error:  # as it started; later it would be replaced
+        reason = str(error).strip().splitlines()[-1].removeprefix(f"{UsageError.__module__}.{UsageError.__name__}: ")
+        raise UsageError(f"a worker could not start: {reason}") from error
+
+
+def _shares(machines: Sequence[dict[str, float]], device: str, workers: int | None) -> tuple[int, dict[str, float]]:
+    """How many workers there are, and what each needs of the resources of these machines, as options of Ray's."""
+    if device == "cuda":
+        gpus = int(sum(resources.get("GPU", 0) for resources in machines))
+        if (workers or 1) > gpus:
+            raise UsageError(f"{workers or 1} workers on GPUs, and the cluster has {gpus} of them")
+        return workers or gpus, {"num_gpus": 1}
+    processors = [resources["CPU"] for resources in machines if resources.get("CPU")]
+    workers = workers or len(processors)
+    cores = min(processors) / ceil(workers / len(processors))
+    return workers, {"num_cpus": int(cores) if cores >= 1 else cores}
 
 
 def _as_table(batch: Iterable[Row]) -> Any:

@@ -188,9 +188,10 @@ def _generate_many(
 ) -> None:  # fmt: skip
     try:
         from tap_diffusion import bulk
+        from tap_diffusion.rows import read_rows
     except ModuleNotFoundError as error:
         raise UsageError(f"many prompts need {error.name}: pip install 'tap-diffusion[bulk]'") from error
-    rows, ignored = bulk.read_rows(file, *defaults)
+    rows, ignored = read_rows(file, *defaults)
     if common["model"] == "emoji":  # its vocabulary has no capitals
         rows = [replace(row, prompt=row.prompt.lower()) for row in rows]
     dtype, device = placed
