@@ -32,12 +32,9 @@ from zoo.checks import CONFIG
 pytestmark = pytest.mark.slow
 
 RANKS = 2
-PATIENCE = 1500  # seconds; for a machine with much else to do
+PATIENCE = 300  # seconds; for a machine with much else to do
 GRANULARITIES = "token", "sample", "batch"
-ZOO = (
-    "QwenImageTransformer2DModel", "WanTransformer3DModel", "Flux2Transformer2DModel", "LTXVideoTransformer3DModel",
-    "LTX2VideoTransformer3DModel", "ChronoEditTransformer3DModel", "HeliosTransformer3DModel",
-)  # fmt: skip
+ZOO = "QwenImageTransformer2DModel", "WanTransformer3DModel", "Flux2Transformer2DModel"
 
 Split = Callable[[Any], None]  # shares a transformer's tokens among the ranks
 Result = dict[str, Any]
@@ -116,7 +113,7 @@ def all_cases(ulysses: Split, ring: Split, rank: int | None) -> Iterator[tuple[s
         yield f"{name} by sample", on_transformer(ulysses, name, by_sample)
     token = {None: 64 // RANKS, 0: None, 1: 0}[rank]
     yield "bad residual", on_pipeline(ulysses, config, spoiled("record", 1, token))
-    yield "bad probe", on_pipeline(ulysses, config, spoiled("predict", 3, token))
+    yield "bad probe", on_pipeline(ulysses, config, spoiled("predict", 5, token))
     yield "interrupted", interrupted(ulysses)
 
 
@@ -243,9 +240,7 @@ def test_two_ranks_give_what_one_gives(by_rank: list[dict[str, Any]], alone: dic
     scale = float(expected["latents"].abs().max())
     torch.testing.assert_close(found[0]["latents"], expected["latents"], rtol=0, atol=1e-4 * scale)
     for whole, *parts in zip(expected["choices"], *(result["choices"] for result in found), strict=True):
-        is_split = parts[0].shape != whole.shape  # not with Helios, whose plan splits tokens within each block only
-        for part in [torch.cat(parts, dim=1)] if is_split else parts:
-            assert torch.equal(part, whole)
+        assert torch.equal(torch.cat(parts, dim=1), whole)
     if name in GRANULARITIES:
         assert found[0]["cache"] == found[1]["cache"] == expected["cache"] // RANKS
 
