@@ -55,6 +55,13 @@ class Options(BaseModel):
     replicas: int = Field(1, ge=1)
 
 
+def as_png(picture: torch.Tensor) -> bytes:
+    """A picture (3, H, W) in [-1, 1] as a file."""
+    file = io.BytesIO()
+    to_image(picture).save(file, "png")
+    return file.getvalue()
+
+
 @serve.deployment(max_ongoing_requests=4 * BATCH)
 @serve.ingress(api)
 class Pictures:
@@ -109,13 +116,7 @@ class Pictures:
         tags = {"full_steps": str(first.full_steps)}
         self.count.inc(len(wishes), tags)
         self.seconds.observe((time.perf_counter() - start) / len(wishes), tags)
-        return [_png(picture) for picture in pictures]
-
-
-def _png(picture: torch.Tensor) -> bytes:
-    file = io.BytesIO()
-    to_image(picture).save(file, "png")
-    return file.getvalue()
+        return [as_png(picture) for picture in pictures]
 
 
 def app(options: Options) -> serve.Application:

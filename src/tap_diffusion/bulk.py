@@ -17,6 +17,7 @@ import os
 import socket
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -308,6 +309,8 @@ def connect(address: str | None, device: str | None) -> str:
         raise UsageError(f"--engine ray needs {error.name}: pip install 'tap-diffusion[ray]'") from error
     if device not in (None, "cpu", "cuda"):
         raise UsageError(f"--device is cpu or cuda with --engine ray, not '{device}': Ray gives each worker a GPU")
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*deprecated", category=DeprecationWarning, module="tap_diffusion.bulk")
     if not ray.is_initialized():
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
