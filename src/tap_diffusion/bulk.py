@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from math import ceil
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ class Manifest:
         """Write the pictures of a batch, and then its part, each whole or not at all."""
         for file, png in zip(results["file"].to_pylist(), results["png"].to_pylist(), strict=True):
             if file is not None:
-                write_whole(self.out / file, lambda partial, png=png: partial.write_bytes(png))
+                write_whole(self.out / file, methodcaller("write_bytes", png))
         # In order of time, the newest last; the rest of the name keeps two runs in one folder from losing each other's.
         part = self._parts / f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.parquet"
         write_whole(part, lambda partial: pq.write_table(results.drop_columns("png"), partial))
