@@ -175,6 +175,18 @@ def test_memory_is_freed_at_the_last_step() -> None:
     assert driver.engine.report.cache_bytes == 2 * 3 * feature + gram
 
 
+def test_a_sketch_looks_at_some_channels_and_keeps_no_others() -> None:
+    torch.manual_seed(0)
+    noise = {step: torch.randn(SHAPE) for step in range(12)}
+    whole, sketched = (Driver(dataclasses.replace(CONFIG, sketch=s)).run(11, probe=noise) for s in (1, 2))
+    some = Driver().run(11, probe={step: h[..., ::2] for step, h in noise.items()})
+    for step, output in some.outputs.items():
+        assert torch.equal(sketched.outputs[step], output)
+    assert any(not torch.equal(whole.outputs[step], output) for step, output in some.outputs.items())
+    feature, kept, gram = features(0).nbytes, noise[0][..., ::2].numel() * 4, 2 * 4 * 3 * 3 * 4
+    assert sketched.engine.report.cache_bytes == 3 * (feature + kept) + gram
+
+
 def test_interval_one_keeps_nothing() -> None:
     driver = Driver(TAPConfig.paper(interval=1)).run(ends=False)
     assert driver.full == list(range(12))

@@ -12,6 +12,7 @@ from torch import Tensor
 import tap_diffusion as tap
 from tap_diffusion import ConfigError, TAPConfig
 from tap_diffusion.engine import Engine, Fallback
+from tap_diffusion.integrations.passes import LARGEST_MOVE, _moved
 from tap_diffusion.schedulers import timeline
 from tiny import build_pipeline, count_calls, engine_of, sample
 from zoo import CASES, build, denoise
@@ -82,6 +83,24 @@ def test_an_overflow_of_the_correction_leaves_the_output(pipe: Any, monkeypatch:
     monkeypatch.setattr(Engine, "hindsight", lambda self, call: 1e38 if call.step == 5 else 0.0)
     half = TAPConfig(full_steps=(0, 1, 5, 9))
     assert latents_after(pipe, 5, half).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["batch", "list"])
+def test_no_sample_is_moved_by_more_than_a_share_of_its_norm(kind: str) -> None:
+    torch.manual_seed(0)
+    output, surprise = torch.randn(3, 5, 4), torch.randn(3, 5, 4)
+    surprise[0] *= 10  # moved as far as is allowed; the others as far as they are to be
+    surprise[1:] *= 0.1
+    predicted = output - surprise
+    if kind == "batch":
+        result, label = _moved((output, "kept"), (predicted, "kept"), [2.0])
+    else:
+        samples, label = _moved((list(output), "kept"), (list(predicted), "kept"), [2.0])
+        result = torch.stack(samples)
+    assert label == "kept"
+    torch.testing.assert_close(result[1:], output[1:] + 2 * surprise[1:])
+    direction = surprise[0] / surprise[0].square().sum().sqrt()
+    torch.testing.assert_close(result[0], output[0] + LARGEST_MOVE * output[0].square().sum().sqrt() * direction)
 
 
 def test_image_to_image_plans_for_the_steps_that_run(pipe: Any) -> None:

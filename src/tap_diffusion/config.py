@@ -59,6 +59,8 @@ class TAPConfig:
             the result of a sample depends on the others in its batch.
         probe: features that the proxy loss compares: ``modulated_input`` of the first block, or what the
             ``first_block`` adds to the hidden states (dearer: it runs the whole block).
+        sketch: keep one in this many channels of the probe features, and compare them on these alone: nearly half the
+            cache can be saved. 1: all.
         cache_dtype: of the cache; ``model`` is that of the hidden states. Differences are formed in float32 or better
             whatever it is.
         offload: ``cpu`` keeps the cache in host memory (pinned, beside a GPU) while full steps run, whose activations
@@ -83,6 +85,7 @@ class TAPConfig:
     loss: Loss = "cosine"
     granularity: Granularity = "token"
     probe: Probe = "modulated_input"
+    sketch: int = 1
     cache_dtype: CacheDType = "model"
     offload: Literal["cpu"] | None = None
 
@@ -132,6 +135,7 @@ class TAPConfig:
         self._require("loss", self.loss in get_args(Loss), _one_of(get_args(Loss)))
         self._require("granularity", self.granularity in get_args(Granularity), _one_of(get_args(Granularity)))
         self._require("probe", self.probe in get_args(Probe), _one_of(get_args(Probe)))
+        self._require("sketch", _is_int(self.sketch) and self.sketch >= 1, "an integer of at least 1")
         self._require("cache_dtype", self.cache_dtype in get_args(CacheDType), _one_of(get_args(CacheDType)))
         self._require("offload", self.offload in (None, "cpu"), "None or 'cpu'")
 

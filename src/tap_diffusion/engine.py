@@ -93,6 +93,7 @@ class Engine:
         self.report.calls.append((call.step, full, milliseconds))
         if not full:
             self.report.choices += self._pending
+            self._pending.clear()
         self._may_have_ended = call.is_last_step is None
         self.report.cache_bytes = max(self.report.cache_bytes, self.cache_bytes)
         self._seen[call.branch] = call.step
@@ -102,6 +103,12 @@ class Engine:
                 self._doubts.pop(branch, None)
             if not self._histories:
                 self._warn_if_without_effect()
+
+    def forget(self, before: int) -> None:
+        """Drop what is remembered of branches whose last call was before a step."""
+        for branch in [branch for branch, step in self._seen.items() if step < before]:
+            for memory in (self._histories, self._doubts, self._seen):
+                memory.pop(branch, None)
 
     def finish(self) -> None:
         """End the current trajectory, whether or not its last step was seen."""
@@ -162,6 +169,8 @@ class Engine:
         if not self.config.predicts:
             return
         residual = (after - before).to(before.dtype)
+        if probe is not None:
+            probe = self._sketched(probe)
         if self._ranks.any(~_finite(residual, probe)):
             # No anchor rather than a bad one. The steps up to the next full one then have none and run in full.
             self._histories.pop(call.branch, None)
@@ -211,7 +220,7 @@ class Engine:
             result, doubt = kernels.combine(hidden_states, history.residual, coefficients, mend=late)
             self._trust(call, doubt, late)
             return result
-        loss, h = self.config.loss, probe()
+        loss, h = self.config.loss, self._sketched(probe())
         gram = None if loss == "l1" else history.gram
         # Only each token's own choice can be fused with the losses, and not what a subclass makes of them.
         fused = self.config.granularity == "token" and type(self)._choose is Engine._choose
@@ -222,6 +231,11 @@ class Engine:
         self._trust(call, doubt, late)
         self._pending.append(Choice(call.step, call.branch, members, choice))
         return result
+
+    def _sketched(self, probe: Tensor) -> Tensor:
+        """The channels of probe features (B, N, D') that are looked at; a copy, so that the others are not kept."""
+        stride = self.config.sketch
+        return probe if stride == 1 else probe[..., ::stride].contiguous()
 
     def _candidates(self, times: tuple[float, ...], t: float) -> tuple[list[Candidate], Tensor]:
         """The candidates at time ``t``, and their coefficients (K, H) of the differences at anchors of these times."""

@@ -36,6 +36,7 @@ GROUPS = {
     "probe": "What the candidates are compared on: the modulated input of the first block, or what the first one, two"
     " or three blocks add to the hidden states. The deeper two come from a full evaluation that only looks.",
     "proxy loss": "The distance between predicted and actual probe features.",
+    "sketch": "Channels of the probe features that are kept and compared.",
     "granularity": "Over what the argmin is taken. Shuffled: the choices of each sample are dealt out among its tokens"
     " at random, so that their shares stay and their places do not.",
     "oracle": "The candidates are compared on the true residual at the current hidden states, known from a full"

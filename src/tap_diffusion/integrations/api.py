@@ -14,7 +14,7 @@ from torch import nn
 
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.errors import UnsupportedModelError
-from tap_diffusion.integrations.depth import Depth, parameters
+from tap_diffusion.integrations.depth import Depth, parameters, unwrapped
 from tap_diffusion.integrations.hook import TAPHook
 from tap_diffusion.integrations.models import REFUSED, SPECS, Stream, TransformerSpec
 from tap_diffusion.reporting import Report
@@ -51,7 +51,7 @@ def apply_tap(
         UnsupportedModelError: the class is not known and no blocks are named, or it can't be accelerated.
         ValueError: another cache of diffusers is enabled on it.
     """
-    module = _unwrapped(module)
+    module = unwrapped(module)
     if spec is None:
         spec = _spec(module) if blocks is None else _inferred_spec(module, blocks, probe)
     depth = Depth(module, spec)  # raises where this one lacks what its class should have
@@ -138,15 +138,15 @@ def hooks(target: DiffusionPipeline | nn.Module) -> list[TAPHook]:
 def transformers(target: DiffusionPipeline | nn.Module) -> list[nn.Module]:
     """The transformers that denoise."""
     if isinstance(target, nn.Module):
-        return [_unwrapped(target)]
+        return [unwrapped(target)]
     components = getattr(target, "components", {})
-    found = [_unwrapped(part) for part in components.values() if isinstance(part, nn.Module)]
+    found = [unwrapped(part) for part in components.values() if isinstance(part, nn.Module)]
     known = [part for part in found if type(part).__name__ in SPECS]
     if known:
         return known
     transformer = getattr(target, "transformer", None)
     if isinstance(transformer, nn.Module):
-        return [_unwrapped(transformer)]
+        return [unwrapped(transformer)]
     if getattr(target, "unet", None) is not None:
         raise UnsupportedModelError(
             f"{type(target).__name__} has a UNet; TAP needs a transformer, whose blocks share one residual stream"
@@ -156,13 +156,6 @@ def transformers(target: DiffusionPipeline | nn.Module) -> list[nn.Module]:
 
 def _component(pipeline: weakref.ref[DiffusionPipeline], name: str) -> Any:
     return getattr(pipeline(), name, None)
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """What torch.compile wraps."""
-    original = getattr(module, "_orig_mod", module)
-    assert isinstance(original, nn.Module)
-    return original
 
 
 def _spec(module: nn.Module) -> TransformerSpec:

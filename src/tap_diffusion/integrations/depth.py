@@ -15,7 +15,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from diffusers.hooks.context_parallel import ContextParallelSplitHook
 from torch import Tensor, nn
 
 from tap_diffusion.compiling import uncompiled
@@ -38,16 +37,29 @@ class Guise(nn.Module):
 
 
 class _Thinned(nn.ModuleList):
-    """Few blocks that count as many: models find a block's share of a common modulation by the lengths of lists."""
+    """Few blocks that count as many: models find a block's share of a common modulation by the lengths of lists.
+
+    Args:
+        blocks: over which one iterates.
+        length: what they count as.
+        others: is in the place of every other one, for models that ask for their blocks by number.
+    """
 
     _length: int | None = None
 
-    def __init__(self, blocks: list[nn.Module], length: int | None = None) -> None:
+    def __init__(self, blocks: list[nn.Module], length: int | None = None, others: nn.Module | None = None) -> None:
         super().__init__(blocks)
         self._length = length
+        self.__dict__["_others"] = others  # not a submodule
 
     def __len__(self) -> int:
         return super().__len__() if self._length is None else self._length
+
+    def __getitem__(self, index: Any) -> Any:
+        others = self.__dict__["_others"]
+        if others is not None and isinstance(index, int) and len(self._modules) <= index < len(self):
+            return others
+        return super().__getitem__(index)
 
 
 class Depth:
@@ -128,7 +140,13 @@ class Depth:
     def split(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The first block's arguments as its code gets them: context parallelism may split some on their way in."""
         registry = getattr(self.first, "_diffusers_hook", None)
-        for hook in registry.hooks.values() if registry is not None else ():
+        if registry is None:
+            return arguments
+        from diffusers.hooks.context_parallel import (
+            ContextParallelSplitHook,
+        )  # only now: ComfyUI does without diffusers
+
+        for hook in registry.hooks.values():
             if isinstance(hook, ContextParallelSplitHook):
                 _, arguments = hook.pre_forward(self.first, **arguments)
         return arguments
@@ -138,9 +156,10 @@ class Depth:
 
         The block's own code runs, uncompiled, up to that place and no further.
         """
+        first = unwrapped(self.first)
         norm = self.spec.modulated_norm
         place = norm or self.spec.attention
-        children = [self.first.get_submodule(place)] if place else attentions(self.first)
+        children = [first.get_submodule(place)] if place else attentions(first)
 
         def at_attention(_: nn.Module, args: Any, kwargs: Any) -> None:
             raise _Reached(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
@@ -155,7 +174,7 @@ class Depth:
             for child in children
         ]
         try:
-            self.first._call_impl(**arguments)
+            first._call_impl(**arguments)
         except _Reached as reached:
             return reached.value
         finally:
@@ -180,6 +199,11 @@ class Depth:
         def stand_in(*args: Any, **kwargs: Any) -> Any:
             return self._on_enter(args, kwargs)
 
+        @uncompiled
+        def nothing(*args: Any, **kwargs: Any) -> Any:
+            return self._as_output(self._named(args, kwargs))
+
+        others = None if full else Guise(self.first, nothing)
         if full:
             if spec.leaves_by_block:
                 last_list = next(name for name in reversed(spec.blocks) if lists[name])
@@ -192,7 +216,8 @@ class Depth:
                 block = self._get(name)[0]
                 lists[name] = [Guise(block, _pass_through(block, outputs))]
         places: dict[str, nn.Module] = {
-            name: _Thinned(blocks, length=len(self._get(name))) for name, blocks in lists.items()
+            name: _Thinned(blocks, len(self._get(name)), others if name == spec.blocks[0] else None)
+            for name, blocks in lists.items()
         }
         for stream in spec.streams:
             if stream.head is None:
@@ -230,7 +255,7 @@ class Depth:
 
     @uncompiled
     def _on_enter(self, args: Any, kwargs: Any, output: Any = None) -> Any:
-        arguments = named(self.first, args, kwargs)
+        arguments = self._named(args, kwargs)
         streams = self.split(arguments)
         self._lengths = {s.argument: streams[s.argument].shape[1] for s in self.spec.streams if s.behind_text}
         return self._entered(arguments, output)
@@ -251,6 +276,12 @@ class Depth:
         finally:
             self._set({place: self._originals[place] for place in places})
             del self._entered, self._left
+
+    def _named(self, args: Any, kwargs: Any) -> dict[str, Any]:
+        """The first block's arguments by name."""
+        if self.spec.arguments:
+            return dict(zip(self.spec.arguments, args, strict=False)) | kwargs
+        return named(unwrapped(self.first), args, kwargs)
 
     def _as_output(self, arguments: dict[str, Any]) -> Any:
         """What the first block would return if it changed nothing."""
@@ -273,6 +304,13 @@ class Depth:
 class _Reached(Exception):
     def __init__(self, value: Tensor) -> None:
         self.value = value
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What torch.compile wraps, or the module itself."""
+    original = getattr(module, "_orig_mod", module)
+    assert isinstance(original, nn.Module)
+    return original
 
 
 def attentions(block: nn.Module) -> list[nn.Module]:

@@ -29,6 +29,7 @@ class TransformerSpec:
     Attributes:
         blocks: lists of blocks that take part in the residual, in the order in which they run.
         streams: nearly always one; text in a stream of its own is not cached.
+        arguments: names of the first block's positional arguments, where its forward doesn't tell (`*args`).
         outputs: what the first block returns, named as its arguments; empty where it returns a single tensor.
         bypassed: lists of blocks that run beside these, such as a control branch. On predicted steps one block that
             returns these of its arguments takes the place of all.
@@ -47,6 +48,7 @@ class TransformerSpec:
 
     blocks: tuple[str, ...]
     streams: tuple[Stream, ...] = (Stream(),)
+    arguments: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     bypassed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     modulated_norm: str | None = None

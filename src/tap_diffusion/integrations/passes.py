@@ -1,0 +1,205 @@
+"""The two ways to run a transformer: in full and watched, or predicted, with its depth left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from tap_diffusion.compiling import uncompiled, uncompiled_itself
+from tap_diffusion.config import TAPConfig
+from tap_diffusion.engine import Engine, Fallback
+from tap_diffusion.errors import UnsupportedModelError
+from tap_diffusion.integrations.depth import Depth, Streams
+from tap_diffusion.integrations.models import TransformerSpec
+from tap_diffusion.ranks import Ranks
+from tap_diffusion.reporting import stopwatch
+from tap_diffusion.tracking import Call
+
+LARGEST_MOVE = 0.7  # of an output's norm, in hindsight; chosen on calibration samples (docs/beyond.md)
+
+
+class Passes:
+    """Runs one transformer as its engine says. Knows neither diffusers nor ComfyUI.
+
+    A pass may carry several calls, as many equal parts of its batch (ComfyUI runs the branches of guidance together
+    or one by one, as memory allows). Each is of a branch of its own; all are full, or all predicted.
+
+    Args:
+        config: see :class:`TAPConfig`.
+        spec: of the transformer's class.
+        ranks: the processes that share its tokens, where there are several.
+    """
+
+    def __init__(self, config: TAPConfig, spec: TransformerSpec, ranks: Ranks | None = None) -> None:
+        self.spec = spec
+        self.engine = Engine(config, ranks)
+
+    @uncompiled_itself
+    def run(self, depth: Depth, calls: Sequence[Call], forward: partial[Any], device: torch.device) -> Any:
+        """One pass.
+
+        Args:
+            depth: of the transformer.
+            calls: where each part of the batch stands.
+            forward: the transformer's own forward, bound to its arguments.
+            device: to take the time on.
+        """
+        stop = stopwatch(device)
+        full = any([self.engine.begin(call) for call in calls])  # a list, since all begin
+        output = None
+        if not full:
+            output, reason = self._predict(depth, calls, forward)
+            if reason is not None:
+                for call in calls:
+                    self.engine.fall_back(call, reason)
+                full = True
+        if full:
+            output = self._run_corrected(depth, calls, forward)
+        milliseconds = _shared(stop(), len(calls))
+        for call in calls:
+            self.engine.end(call, full, milliseconds)
+        return output
+
+    @uncompiled_itself
+    def _run_corrected(self, depth: Depth, calls: Sequence[Call], forward: partial[Any]) -> Any:
+        """Run the model in full, and make up for errors of the predicted steps before, which can be seen now."""
+        shares = [self.engine.hindsight(call) for call in calls]
+        if not all(shares):
+            return self._run_in_full(depth, calls, forward)
+        predicted, reason = self._predict(depth, calls, forward)
+        output = self._run_in_full(depth, calls, forward)
+        return output if reason is not None else _moved(output, predicted, shares)
+
+    def _run_in_full(self, depth: Depth, calls: Sequence[Call], forward: partial[Any]) -> Any:
+        """Run the model's own forward and record probe features and residuals."""
+        if not self.engine.config.predicts:
+            return forward()
+        self.engine.park()
+        before: dict[str, tuple[Tensor, Tensor | None]] = {}
+
+        def enter(arguments: dict[str, Any], output: Any) -> None:
+            probes = self._probes(depth, arguments, output) if self.engine.needs_probe else {}
+            for name, x in self._streams(depth.split(arguments)).items():
+                before[name] = x, probes.get(name)
+
+        def leave(stream: str, after: Tensor) -> None:
+            x, h = before.pop(stream, (None, None))
+            if x is None or after.numel() != x.numel():
+                return  # there is no anchor, and what follows runs in full
+            count = len(calls)
+            befores = self._tokens(x).chunk(count)
+            afters = self._tokens(after.reshape(x.shape)).chunk(count)
+            # Copies of parts, so that a history which is dropped doesn't live on as a part of another's.
+            probes = [h] * count if h is None or count == 1 else [part.clone() for part in h.chunk(count)]
+            for call, a, b, probe in zip(calls, befores, afters, probes, strict=True):
+                self.engine.record(call, a, b, probe, stream)
+
+        with depth.watched(enter, leave):
+            return forward()
+
+    def _predict(self, depth: Depth, calls: Sequence[Call], forward: partial[Any]) -> tuple[Any, str | None]:
+        """Run the model's own forward with its depth left out.
+
+        Returns:
+            the output, and the reason if it can't be used. The reason does not travel as an exception through the
+            model, which may have to undo things (LoRA scales, for one) at the end of its forward.
+        """
+        reason: str | None = "the model did not call its first block"
+
+        def predict(arguments: dict[str, Any]) -> Streams:
+            nonlocal reason
+            predicted: Streams = {}
+            probes: Streams = {}
+            for name, x in self._streams(depth.split(arguments)).items():
+
+                def probe(i: int, name: str = name) -> Tensor:
+                    if not probes:
+                        probes.update(self._probes(depth, arguments))
+                    return probes[name].chunk(len(calls))[i]
+
+                parts = self._tokens(x).chunk(len(calls))
+                try:
+                    after = [
+                        self.engine.predict(call, parts[i], partial(probe, i), name) for i, call in enumerate(calls)
+                    ]
+                except Fallback as fallback:
+                    reason = str(fallback)
+                    return {}
+                predicted[name] = self._untokens(after[0] if len(after) == 1 else torch.cat(after), x)
+            reason = None
+            return predicted
+
+        without = {name: None for name in self.spec.full_only if name in forward.keywords}
+        with depth.left_out(predict):
+            output = forward(**without)
+        return output, reason
+
+    def _probes(self, depth: Depth, arguments: dict[str, Any], output: Any = None) -> Streams:
+        """Probe features h of each stream, (B, N, D'); the first block's output is computed where it is not given."""
+        if self.spec.probe and self.engine.config.probe == "modulated_input":
+            name = self.spec.streams[0].argument
+            h, x = _flat(depth.attention_input(arguments)), self._tokens(depth.split(arguments)[name])
+            if h.shape[:2] != x.shape[:2]:
+                raise UnsupportedModelError(
+                    f"{type(depth.module).__name__}: the probe has {tuple(h.shape[:2])} tokens and the stream"
+                    f" {tuple(x.shape[:2])}; use TAPConfig(probe='first_block')"
+                )
+            return {name: h}
+        after = depth.streams_of(depth.first(**arguments) if output is None else output)
+        return {name: self._tokens(after[name] - x) for name, x in self._streams(depth.split(arguments)).items()}
+
+    def _streams(self, arguments: dict[str, Any]) -> Streams:
+        """What enters the first block, without streams that this call leaves out (video without sound)."""
+        return {s.argument: arguments[s.argument] for s in self.spec.streams if arguments.get(s.argument) is not None}
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """A stream as (B, N, D)."""
+        return _flat(x.transpose(0, 1) if self.spec.tokens_first else x)
+
+    def _untokens(self, x: Tensor, like: Tensor) -> Tensor:
+        return (x.transpose(0, 1) if self.spec.tokens_first else x).reshape(like.shape)
+
+
+@uncompiled
+def _moved(output: Any, predicted: Any, shares: Sequence[float]) -> Any:
+    """The output of a model, a structure of tensors, moved away from its prediction; where that is finite.
+
+    A surprise as large as the output itself says that the trajectory took another way, not by how much to mend it: no
+    sample (an entry of the first dimension, or of a list) is moved by more than a share of its own norm.
+
+    Args:
+        shares: by which to move, one for each part of the batch.
+    """
+
+    def moved(value: Any, prediction: Any) -> Any:
+        if isinstance(value, list):
+            return [moved(one[None], other[None])[0] for one, other in zip(value, prediction, strict=True)]
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        surprises = (value - prediction).chunk(len(shares))
+        move = torch.cat([share * surprise for share, surprise in zip(shares, surprises, strict=True)])
+        allowed = LARGEST_MOVE * _norms(value) / _norms(move)
+        result = value + (move * allowed.clamp(max=1)).to(value.dtype)
+        return torch.where(result.isfinite(), result, value)
+
+    return tree_map(moved, output, predicted, is_leaf=lambda node: isinstance(node, list))
+
+
+def _norms(x: Tensor) -> Tensor:
+    """Of each sample, kept as (B, 1, …) in float32 or better."""
+    dims = tuple(range(1, x.ndim))
+    return torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _shared(milliseconds: Callable[[], float], count: int) -> Callable[[], float]:
+    """The part of a time that falls to each of several calls."""
+    return milliseconds if count == 1 else lambda: milliseconds() / count
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(1 if x.ndim == 2 else x.shape[0], -1, x.shape[-1])
