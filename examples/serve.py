@@ -1,7 +1,7 @@
 """Pictures over HTTP by Ray Serve: a pipeline on each GPU, dynamic batching, and a budget for each request.
 
     pip install "tap-diffusion[serve]"
-    serve run --app-dir examples serve:app model=black-forest-labs/FLUX.1-dev replicas=8
+    PYTHONPATH=examples serve run serve:app model=black-forest-labs/FLUX.1-dev replicas=8
 
     curl localhost:8000/pictures --json '{"prompt": "a red apple", "seed": 3, "full_steps": 8}' --output apple.png
 
