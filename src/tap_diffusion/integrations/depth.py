@@ -142,9 +142,8 @@ class Depth:
         registry = getattr(self.first, "_diffusers_hook", None)
         if registry is None:
             return arguments
-        from diffusers.hooks.context_parallel import (
-            ContextParallelSplitHook,
-        )  # only now: ComfyUI does without diffusers
+        # Only now, since ComfyUI does without diffusers.
+        from diffusers.hooks.context_parallel import ContextParallelSplitHook
 
         for hook in registry.hooks.values():
             if isinstance(hook, ContextParallelSplitHook):
