@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from tap_diffusion.config import TAPConfig
@@ -34,6 +36,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 console = Console()
+SHOWN = 10  # errors that are printed
 
 
 class SuiteName(StrEnum):
@@ -42,6 +45,13 @@ class SuiteName(StrEnum):
     quick = "quick"
     standard = "standard"
     paper = "paper"
+
+
+class EngineName(StrEnum):
+    """What runs the pipelines that generate many pictures."""
+
+    local = "local"
+    ray = "ray"
 
 
 class DType(StrEnum):
@@ -67,7 +77,10 @@ def generate(
     prompts: Annotated[
         list[str] | None, typer.Argument(help="What to draw, one picture for each.", show_default=False)
     ] = None,
-    prompt_file: Annotated[Path | None, _option("Sampling", "--prompts", help="File with one prompt a line.")] = None,
+    prompt_file: Annotated[
+        Path | None,
+        _option("Sampling", "--prompts", help="File with one prompt a line; for many also .jsonl or .parquet."),
+    ] = None,
     model: Annotated[
         str, _option("Model", "--model", "-m", help="emoji (embedded), a pipeline's folder, or a hub id.")
     ] = "emoji",
@@ -103,13 +116,33 @@ def generate(
         int, _option("Output", help="Timed runs of each with --compare, alternating; medians count.", min=1)
     ] = 1,
     out: Annotated[Path, _option("Output", "--out", "-o", help="Folder for pictures and report.json.")] = Path("out"),
+    engine: Annotated[
+        EngineName | None,
+        _option("Many prompts", help="local: in this process; ray: on Ray Data. A run begun in --out goes on."),
+    ] = None,
+    address: Annotated[
+        str | None, _option("Many prompts", help="Of a Ray cluster, or auto.", default="one on this machine")
+    ] = None,
+    workers: Annotated[
+        int | None, _option("Many prompts", help="Pipelines on Ray.", default="one per GPU, or per machine", min=1)
+    ] = None,
 ) -> None:
     """Generate pictures with TAP, beside those of the plain model if wanted.
 
     Example: tap generate "red apple" "green frog face" --speedup 5 --compare
+
+    Many, with a manifest in place of the report: tap generate --prompts coco.jsonl --engine ray --workers 8
     """
     try:
-        wanted = _prompts(prompts or [], prompt_file)
+        if engine is None and prompt_file is not None and prompt_file.suffix in (".jsonl", ".parquet"):
+            engine = EngineName.local
+        for option, given in (("--address", address), ("--workers", workers)):
+            if given is not None and engine != EngineName.ray:
+                raise UsageError(f"{option} is for --engine ray")
+        for option, asked in (("a prompt", prompts), ("--compare", compare), ("--repeats", repeats > 1)):
+            if asked and engine is not None:
+                raise UsageError(f"{option} is for a few pictures; with an engine they come from the file of --prompts")
+        wanted = [] if engine is not None else _prompts(prompts or [], prompt_file)
         config = _config(config_file, paper, speedup=speedup, full_steps=full_steps, interval=interval, warmup=warmup)
         if config.interval is not None and config.warmup > steps:
             raise UsageError(f"warmup is {config.warmup}, more than the {steps} steps")
@@ -122,10 +155,18 @@ def generate(
 
             from tap_diffusion.generate import Request, load_pipeline
             from tap_diffusion.generate import generate as run_generate
+        if model == "emoji" and guidance is None:
+            guidance = 2.0
+        if engine is not None:
+            if prompt_file is None:
+                raise UsageError("--prompts is missing: a file of what to draw")
+            on_ray = (address, workers) if engine == EngineName.ray else None
+            common = {"model": model, "steps": steps, "guidance": guidance, "config": config}
+            _generate_many(prompt_file, common, (dtype, device), on_ray, (seed, width, height), batch_size, out)
+            return
         pipe = load_pipeline(model, *_placement(dtype, device))
         if model == "emoji":
             wanted = [prompt.lower() for prompt in wanted]  # its vocabulary has no capitals
-            guidance = 2.0 if guidance is None else guidance
         request = Request(wanted, steps, seed, guidance, height, width, batch_size)
         written: list[str] = []
         try:
@@ -138,6 +179,62 @@ def generate(
         raise _failed(error) from None
     console.print(_table(result))
     console.print(f"{len(wanted)} pictures, {', '.join(written)} in {out}", highlight=False)
+
+
+def _generate_many(
+    file: Path, common: dict[str, Any], placed: tuple[DType, str | None],
+    on_ray: tuple[str | None, int | None] | None, defaults: tuple[int, int | None, int | None], batch_size: int,
+    out: Path,
+) -> None:  # fmt: skip
+    try:
+        from tap_diffusion import bulk
+        from tap_diffusion.rows import read_rows
+    except ModuleNotFoundError as error:
+        raise UsageError(f"many prompts need {error.name}: pip install 'tap-diffusion[bulk]'") from error
+    rows, ignored = read_rows(file, *defaults)
+    if common["model"] == "emoji":  # its vocabulary has no capitals
+        rows = [replace(row, prompt=row.prompt.lower()) for row in rows]
+    dtype, device = placed
+    if on_ray is None:
+        weights, device = _placement(dtype, device)
+        name, engine = str(weights).removeprefix("torch."), partial(bulk.here, device=device)
+    else:
+        address, workers = on_ray
+        with console.status("connecting to Ray"):
+            device = bulk.connect(address, device)
+        name = dtype.value if dtype != DType.auto else "bfloat16" if device == "cuda" else "float32"
+        engine = partial(bulk.on_ray, device=device, workers=workers)
+    if ignored:
+        console.print(f"columns that mean nothing here: {', '.join(ignored)}", highlight=False, markup=False)
+    columns = [TextColumn("{task.fields[failed]} failed"), MofNCompleteColumn(), TimeRemainingColumn()]
+    failed = 0
+    try:
+        with Progress(BarColumn(), *columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("", total=len(rows), failed=0)
+
+            def tell(done: int, errors: int) -> None:
+                nonlocal failed
+                failed += errors
+                progress.update(task, advance=done, failed=failed)
+
+            entries = bulk.generate_many(rows, bulk.Settings(dtype=name, **common), out, engine, batch_size, tell)
+    except KeyboardInterrupt:
+        Console(stderr=True).print(f"Interrupted. What is done is in {escape(str(out))}; the same call goes on there.")
+        raise typer.Exit(130) from None
+    errors = [entry for entry in entries if entry["error"] is not None]
+    good = [entry for entry in entries if entry["error"] is None]
+    for entry in errors[:SHOWN]:
+        console.print(f"{entry['id']}: {entry['error']}", highlight=False, markup=False, soft_wrap=True)
+    if len(errors) > SHOWN:
+        console.print(f"… and {len(errors) - SHOWN} more, column 'error' of the manifest", highlight=False)
+    if good:
+        full, predicted = (sum(entry[name] for entry in good) for name in ("full_steps", "predicted_steps"))
+        console.print(f"steps: {full} full, {predicted} predicted", highlight=False)
+    console.print(
+        f"{len(good)} pictures, {len(errors)} failed, manifest.parquet in {out}", highlight=False, markup=False
+    )
+    if errors:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -21,6 +21,7 @@ from tap_diffusion.compiling import uncompiled
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.errors import TAPWarning
 from tap_diffusion.predictors import Candidate, candidates, difference_matrix
+from tap_diffusion.ranks import Ranks
 from tap_diffusion.reporting import Choice, Report
 from tap_diffusion.schedule import FEWEST, plan
 from tap_diffusion.selection import all_finite, choose
@@ -37,10 +38,13 @@ class Engine:
 
     Args:
         config: see :class:`TAPConfig`.
+        ranks: the processes that run the same model on other tokens of the same samples, all by an engine of their own;
+            they decide alike.
     """
 
-    def __init__(self, config: TAPConfig) -> None:
+    def __init__(self, config: TAPConfig, ranks: Ranks | None = None) -> None:
         self.config = config
+        self._ranks = ranks or Ranks()
         self.report = Report()
         self._histories: dict[str, dict[str, History]] = {}  # of each branch, of each of its streams
         self._doubts: dict[str, _LateFlag] = {}
@@ -167,7 +171,7 @@ class Engine:
         residual = (after - before).to(before.dtype)
         if probe is not None:
             probe = self._sketched(probe)
-        if not _all_finite(residual, probe):
+        if self._ranks.any(~_finite(residual, probe)):
             # No anchor rather than a bad one. The steps up to the next full one then have none and run in full.
             self._histories.pop(call.branch, None)
             return
@@ -218,11 +222,12 @@ class Engine:
             return result
         loss, h = self.config.loss, self._sketched(probe())
         gram = None if loss == "l1" else history.gram
-        # What a subclass makes of the losses can't be fused with them.
-        choose = self.config.granularity if type(self)._choose is Engine._choose else self._choose
+        # Only each token's own choice can be fused with the losses, and not what a subclass makes of them.
+        fused = self.config.granularity == "token" and type(self)._choose is Engine._choose
         result, choice, doubt = kernels.predict(
-            hidden_states, h, history.probe, gram, history.residual, coefficients, loss, choose, mend=late
-        )
+            hidden_states, h, history.probe, gram, history.residual, coefficients, loss,
+            "token" if fused else self._choose, mend=late,
+        )  # fmt: skip
         self._trust(call, doubt, late)
         self._pending.append(Choice(call.step, call.branch, members, choice))
         return result
@@ -238,7 +243,7 @@ class Engine:
 
     def _choose(self, losses: Tensor) -> Tensor:
         """Each token's candidate, (B, N), by the losses, (K, B, N)."""
-        return choose(losses, self.config.granularity)
+        return choose(losses, self.config.granularity, self._ranks.total)
 
     def _checked(
         self, call: Call, hidden_states: Tensor, predicted: Tensor, h: Tensor | None, history: History
@@ -253,13 +258,14 @@ class Engine:
 
     def _trust(self, call: Call, doubt: Tensor, late: bool) -> None:
         """Raise Fallback where something is not finite; on a GPU one step late, so that nothing waits for it."""
+        doubt = self._ranks.any(doubt)
         if not late:
             if doubt:
                 raise Fallback("non-finite values")
             return
         if call.branch in self._doubts:  # not arrived yet
             doubt = doubt | self._doubts[call.branch].flag
-        self._doubts[call.branch] = _LateFlag(doubt)
+        self._doubts[call.branch] = _LateFlag(doubt, awaited=self._ranks.several)
 
     @staticmethod
     def checks_late(tensor: Tensor) -> bool:
@@ -289,10 +295,15 @@ def _dtype(name: str) -> torch.dtype | None:
 
 
 class _LateFlag:
-    """A flag on a GPU that is read without waiting: until it has arrived, it counts as not raised."""
+    """A flag on a GPU that is read without waiting: until it has arrived, it counts as not raised.
 
-    def __init__(self, flag: Tensor) -> None:
+    Args:
+        awaited: wait for it after all, since it arrives sooner on some ranks than on others.
+    """
+
+    def __init__(self, flag: Tensor, awaited: bool = False) -> None:
         self.flag = flag
+        self._awaited = awaited
         self._arrived: Any = None
         if flag.is_cuda:
             self._value = torch.empty((), dtype=torch.bool, pin_memory=True)
@@ -303,12 +314,10 @@ class _LateFlag:
             self._value = flag
 
     def is_raised(self) -> bool:
+        if self._awaited and self._arrived is not None:
+            self._arrived.synchronize()
         return (self._arrived is None or self._arrived.query()) and bool(self._value)
 
 
 def _finite(*tensors: Tensor | None) -> Tensor:
     return all_finite(*(tensor for tensor in tensors if tensor is not None))
-
-
-def _all_finite(*tensors: Tensor | None) -> bool:
-    return bool(_finite(*tensors))

@@ -131,15 +131,41 @@ def run(pipe: Any, request: Request, label: str) -> tuple[Tensor, float]:
     Returns:
         pictures (count, 3, H, W) in [-1, 1] on the CPU, float32; seconds.
     """
-    arguments, pictures = request.arguments(pipe), []
+    pictures = []
     pipe.set_progress_bar_config(desc=label, leave=False)
     start = time.perf_counter()
     for first in range(0, len(request.prompts), request.batch_size):
-        prompts = list(request.prompts[first : first + request.batch_size])
-        generators = [torch.Generator().manual_seed(request.seed + first + i) for i in range(len(prompts))]
-        batch = arguments | ({"negative_prompt": [""] * len(prompts)} if "negative_prompt" in arguments else {})
-        pictures.append(pipe(prompts, generator=generators, **batch).images.float().cpu() * 2 - 1)
+        prompts = request.prompts[first : first + request.batch_size]
+        pictures.append(draw(pipe, request, prompts, range(request.seed + first, request.seed + first + len(prompts))))
     return torch.cat(pictures), time.perf_counter() - start
+
+
+def draw(
+    pipe: Any,
+    request: Request,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    negative_prompts: Sequence[str | None] = (),
+) -> Tensor:
+    """Generate one batch, whose prompts are these, each with a generator of its own.
+
+    Returns:
+        pictures (count, 3, H, W) in [-1, 1] on the CPU, float32.
+
+    Raises:
+        UsageError: there is a negative prompt, and nothing that it could have an effect on.
+    """
+    arguments = request.arguments(pipe)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    negative = [prompt or "" for prompt in negative_prompts]
+    if any(negative) and arguments.get("true_cfg_scale", 1) <= 1:
+        embedded = pipe.transformer.config.guidance_embeds
+        reason = "this model embeds its guidance" if embedded else "give a guidance scale above 1"
+        raise UsageError(f"a negative prompt has no effect here: {reason}")
+    if "negative_prompt" in arguments:
+        arguments["negative_prompt"] = negative or [""] * len(prompts)
+    pictures: Tensor = pipe(list(prompts), generator=generators, **arguments).images
+    return pictures.float().cpu() * 2 - 1
 
 
 def psnr(pictures: Tensor, reference: Tensor, span: float = 2.0) -> list[float]:

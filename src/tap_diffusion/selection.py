@@ -6,7 +6,7 @@ predicts F̂_k = Σ_i c_ki D_i. All functions are pure; low-precision inputs are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -104,12 +104,13 @@ def losses_of_products(d_squared: Tensor, g: Tensor, gram: Tensor, coefficients:
     return torch.where(product > 0, distance, 1.0)
 
 
-def choose(losses: Tensor, granularity: Granularity) -> Tensor:
+def choose(losses: Tensor, granularity: Granularity, total: Callable[[Tensor], Tensor] = lambda part: part) -> Tensor:
     """Index of the candidate with the smallest loss; of equal losses the first, and NaN never wins.
 
     Args:
         losses: (K, B, N).
-        granularity: ``token``, or the loss averaged over each ``sample`` or the whole ``batch`` first.
+        granularity: ``token``, or the loss summed over each ``sample`` or the whole ``batch`` first.
+        total: sums over the processes that hold the other tokens, where there are any.
 
     Returns:
         (B, N) int64.
@@ -117,9 +118,9 @@ def choose(losses: Tensor, granularity: Granularity) -> Tensor:
     tokens = losses.shape[1:]
     losses = losses.nan_to_num(nan=torch.inf)
     if granularity == "sample":
-        losses = losses.mean(2, keepdim=True)
+        losses = total(losses.sum(2, keepdim=True))
     elif granularity == "batch":
-        losses = losses.mean((1, 2), keepdim=True)
+        losses = total(losses.sum((1, 2), keepdim=True))
     return losses.min(0).indices.expand(tokens)  # on a CPU much faster than argmin, and the first of equals as well
 
 

@@ -11,7 +11,7 @@ import os
 import platform
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -35,6 +35,7 @@ from tap_diffusion.bench.methods import Method, Setting, Variant
 from tap_diffusion.bench.models import BenchModel, Drawn
 from tap_diffusion.demo.sheets import sheet
 from tap_diffusion.errors import UsageError
+from tap_diffusion.files import write_whole
 
 SHOWN = 8  # samples of each cell that are kept as pictures
 LARGEST = 256  # pixels of their longer side
@@ -351,13 +352,6 @@ def write_json(file: Path, value: Any) -> None:
     """Write JSON, indented."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     write_whole(file, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
-def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file so that it is there whole or not at all."""
-    partial = file.with_suffix(".partial")
-    write(partial)
-    partial.replace(file)
 
 
 def _processor() -> str:

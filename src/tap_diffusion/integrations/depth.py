@@ -119,6 +119,7 @@ class Depth:
 
         def entered(arguments: dict[str, Any], _: Any) -> Any:
             predicted.update(predict(arguments))
+            arguments = self.split(arguments)
             return self._as_output({**arguments, **predicted} if self.spec.leaves_by_block else arguments)
 
         def left(stream: str, value: Tensor) -> Tensor:
@@ -135,6 +136,19 @@ class Depth:
             return {self.spec.streams[0].argument: block_output}
         named = dict(zip(self.spec.outputs, block_output, strict=False))
         return {stream.argument: named[stream.argument] for stream in self.spec.streams}
+
+    def split(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The first block's arguments as its code gets them: context parallelism may split some on their way in."""
+        registry = getattr(self.first, "_diffusers_hook", None)
+        if registry is None:
+            return arguments
+        # Only now, since ComfyUI does without diffusers.
+        from diffusers.hooks.context_parallel import ContextParallelSplitHook
+
+        for hook in registry.hooks.values():
+            if isinstance(hook, ContextParallelSplitHook):
+                _, arguments = hook.pre_forward(self.first, **arguments)
+        return arguments
 
     def attention_input(self, arguments: dict[str, Any]) -> Tensor:
         """The modulated input: run the first block as far as its attention, or the norm that the spec names.
@@ -241,7 +255,8 @@ class Depth:
     @uncompiled
     def _on_enter(self, args: Any, kwargs: Any, output: Any = None) -> Any:
         arguments = self._named(args, kwargs)
-        self._lengths = {s.argument: arguments[s.argument].shape[1] for s in self.spec.streams if s.behind_text}
+        streams = self.split(arguments)
+        self._lengths = {s.argument: streams[s.argument].shape[1] for s in self.spec.streams if s.behind_text}
         return self._entered(arguments, output)
 
     @uncompiled

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from tap_diffusion.compiling import uncompiled_itself
 from tap_diffusion.config import TAPConfig
+from tap_diffusion.errors import UnsupportedModelError
 from tap_diffusion.integrations.depth import Depth, named
 from tap_diffusion.integrations.passes import Passes
+from tap_diffusion.ranks import Ranks
 from tap_diffusion.tracking import StepTracker
 
 
@@ -21,14 +23,15 @@ class TAPHook(Passes, ModelHook):
 
     Args:
         config: see :class:`TAPConfig`.
-        depth: of the transformer.
+        depth: of the transformer, whose parallelism has been enabled already, if any.
     """
 
     _is_stateful = True  # makes diffusers' `cache_context` tell this hook the name of the branch
 
     def __init__(self, config: TAPConfig, depth: Depth) -> None:
         ModelHook.__init__(self)
-        Passes.__init__(self, config, depth.spec)
+        self._parallelism = _parallelism(depth.module)
+        Passes.__init__(self, config, depth.spec, _ranks(self._parallelism))
         self.tracker = StepTracker()
         self._context = StateManager(BaseState)
         self._depth = depth
@@ -41,6 +44,11 @@ class TAPHook(Passes, ModelHook):
         if not self._depth.is_current():
             self._depth = Depth(module, self.spec)
         try:
+            if _parallelism(module) is not self._parallelism:
+                raise UnsupportedModelError(
+                    f"parallelism was enabled on this {type(module).__name__} when TAP was there already;"
+                    " call tap.enable(...) again, after enable_parallelism(...)"
+                )
             timestep = arguments.get(self.spec.timestep)
             if timestep is None:
                 raise ValueError(f"{type(module).__name__} got no {self.spec.timestep}, by which TAP tells its steps")
@@ -78,6 +86,17 @@ class TAPHook(Passes, ModelHook):
         self.engine.finish()
         self.tracker.reset()
         return module
+
+
+def _parallelism(module: nn.Module) -> Any:
+    """diffusers' configuration of it; None where the module runs in one process."""
+    return getattr(module, "_parallel_config", None)
+
+
+def _ranks(parallelism: Any) -> Ranks:
+    """The processes that have the other tokens. Tensor parallelism splits weights: all tokens are everywhere."""
+    context = getattr(parallelism, "context_parallel_config", None)
+    return Ranks() if context is None else Ranks(context._flattened_mesh.get_group())
 
 
 def _device(arguments: dict[str, Any]) -> torch.device:

@@ -16,6 +16,7 @@ from tap_diffusion.engine import Engine, Fallback
 from tap_diffusion.errors import UnsupportedModelError
 from tap_diffusion.integrations.depth import Depth, Streams
 from tap_diffusion.integrations.models import TransformerSpec
+from tap_diffusion.ranks import Ranks
 from tap_diffusion.reporting import stopwatch
 from tap_diffusion.tracking import Call
 
@@ -31,11 +32,12 @@ class Passes:
     Args:
         config: see :class:`TAPConfig`.
         spec: of the transformer's class.
+        ranks: the processes that share its tokens, where there are several.
     """
 
-    def __init__(self, config: TAPConfig, spec: TransformerSpec) -> None:
+    def __init__(self, config: TAPConfig, spec: TransformerSpec, ranks: Ranks | None = None) -> None:
         self.spec = spec
-        self.engine = Engine(config)
+        self.engine = Engine(config, ranks)
 
     @uncompiled_itself
     def run(self, depth: Depth, calls: Sequence[Call], forward: partial[Any], device: torch.device) -> Any:
@@ -82,7 +84,7 @@ class Passes:
 
         def enter(arguments: dict[str, Any], output: Any) -> None:
             probes = self._probes(depth, arguments, output) if self.engine.needs_probe else {}
-            for name, x in self._streams(arguments).items():
+            for name, x in self._streams(depth.split(arguments)).items():
                 before[name] = x, probes.get(name)
 
         def leave(stream: str, after: Tensor) -> None:
@@ -113,7 +115,7 @@ class Passes:
             nonlocal reason
             predicted: Streams = {}
             probes: Streams = {}
-            for name, x in self._streams(arguments).items():
+            for name, x in self._streams(depth.split(arguments)).items():
 
                 def probe(i: int, name: str = name) -> Tensor:
                     if not probes:
@@ -141,7 +143,7 @@ class Passes:
         """Probe features h of each stream, (B, N, D'); the first block's output is computed where it is not given."""
         if self.spec.probe and self.engine.config.probe == "modulated_input":
             name = self.spec.streams[0].argument
-            h, x = _flat(depth.attention_input(arguments)), self._tokens(arguments[name])
+            h, x = _flat(depth.attention_input(arguments)), self._tokens(depth.split(arguments)[name])
             if h.shape[:2] != x.shape[:2]:
                 raise UnsupportedModelError(
                     f"{type(depth.module).__name__}: the probe has {tuple(h.shape[:2])} tokens and the stream"
@@ -149,7 +151,7 @@ class Passes:
                 )
             return {name: h}
         after = depth.streams_of(depth.first(**arguments) if output is None else output)
-        return {name: self._tokens(after[name] - x) for name, x in self._streams(arguments).items()}
+        return {name: self._tokens(after[name] - x) for name, x in self._streams(depth.split(arguments)).items()}
 
     def _streams(self, arguments: dict[str, Any]) -> Streams:
         """What enters the first block, without streams that this call leaves out (video without sound)."""

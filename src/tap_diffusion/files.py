@@ -1,0 +1,14 @@
+"""Writing files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file so that it is there whole or not at all."""
+    partial = file.with_suffix(".partial")
+    write(partial)
+    partial.replace(file)
