@@ -97,7 +97,7 @@ class Request:
     def check(self, pipe: Any) -> None:
         """Raise UsageError for what this pipeline can't do."""
         if not isinstance(pipe, FluxPipeline):
-            raise UsageError(f"tap generate runs text-to-image FLUX pipelines; this is a {type(pipe).__name__}")
+            raise UsageError(f"tap runs text-to-image FLUX pipelines here; this is a {type(pipe).__name__}")
         multiple = 2 * pipe.vae_scale_factor
         for name, value in (("height", self.height), ("width", self.width)):
             if value is not None and (value % multiple or value < multiple):
@@ -125,13 +125,17 @@ class Request:
         return arguments | {"negative_prompt": "", "true_cfg_scale": self.guidance}
 
 
-def run(pipe: Any, request: Request, label: str) -> tuple[Tensor, float]:
+def run(pipe: Any, request: Request, label: str, **more: Any) -> tuple[Tensor, float]:
     """Generate all prompts; the i-th has seed ``request.seed + i`` whatever the batch size.
+
+    Args:
+        label: of the progress bar.
+        more: further arguments of the pipeline's call.
 
     Returns:
         pictures (count, 3, H, W) in [-1, 1] on the CPU, float32; seconds.
     """
-    arguments, pictures = request.arguments(pipe), []
+    arguments, pictures = request.arguments(pipe) | more, []
     pipe.set_progress_bar_config(desc=label, leave=False)
     start = time.perf_counter()
     for first in range(0, len(request.prompts), request.batch_size):
