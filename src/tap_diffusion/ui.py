@@ -263,8 +263,8 @@ class Page:
                 [go.click, prompt.submit], self.generate, inputs, outputs, validator=self.validate,
                 show_progress_on=pictures, concurrency_limit=1, **private,
             )  # fmt: skip
-            # The second, for a run that still waits for its turn; it would itself wait for one that goes on.
-            stop.click(self.stop, None, result, **aside).then(None, cancels=ran)
+            stop.click(self.stop, None, result, **aside)
+            stop.click(None, cancels=ran)  # for a run that still waits for its turn
             kind.change(_other_budget, [kind, budget, steps], budget, **aside)
             at.change(None, at, js=_SHOW)
             timer.tick(None, at, at, js=_NEXT)
