@@ -375,7 +375,7 @@ class TestInABrowser:
     def test_generates_and_shows_each_step(self, tab: Callable[[], Any], tmp_path: Path) -> None:
         page = tab()
         page.get_by_label("full steps").check()
-        page.locator("#budget label", has_text="Full steps").wait_for()
+        page.locator("#budget label", has_text="How many are full").wait_for()
         assert page.locator("#budget input").input_value() == "10"  # 5 times faster, of 50
         fill(page, prompt="green frog face", seed=7, steps=12, budget=4)
         page.locator("#go").click()
@@ -400,13 +400,15 @@ class TestInABrowser:
         page.locator("#play", has_text="Pause").click()
         page.locator("#play", has_text="Play").wait_for()
 
-        box = page.locator("#pictures img").first.bounding_box()
-        before = page.locator("#pictures").screenshot()
-        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        pictures = page.locator("#pictures")
+        pictures.scroll_into_view_if_needed()
+        before, box = pictures.screenshot(), pictures.bounding_box()
+        middle = box["y"] + box["height"] / 2
+        page.mouse.move(box["x"] + box["width"] / 2, middle)
         page.mouse.down()
-        page.mouse.move(box["x"] + box["width"] / 4, box["y"] + box["height"] / 2)
+        page.mouse.move(box["x"] + box["width"] / 4, middle, steps=5)
         page.mouse.up()
-        assert page.locator("#pictures").screenshot() != before
+        assert pictures.screenshot() != before
 
         assert page.locator("#frontier svg").count() == 2
         for width in (1280, 420):

@@ -30,6 +30,7 @@ from tap_diffusion.tracking import Call
 from tap_diffusion.ui_parts import maps, table
 
 FASTER, FULL = "times faster", "full steps"
+LABELS = {FASTER: "Steps for each full one", FULL: "How many are full"}
 LARGEST_SEED = 2**53 - 1  # that a browser's numbers hold exactly
 
 
@@ -236,7 +237,7 @@ class Page:
                         seed = gr.Number(0, label="Seed", step=1, min_width=110, elem_id="seed")
                         steps = gr.Number(50, label="Steps", step=1, min_width=110, elem_id="steps")
                     kind = gr.Radio([FASTER, FULL], value=FASTER, label="Budget", elem_id="kind")
-                    budget = gr.Number(5, label="Times faster", step=1, elem_id="budget")
+                    budget = gr.Number(5, label=LABELS[FASTER], step=1, elem_id="budget")
                     method = gr.Dropdown(list(METHODS), label="Method", filterable=False, elem_id="method")
                     with gr.Row():
                         go = gr.Button("Generate", variant="primary", min_width=110, elem_id="go")
@@ -284,7 +285,7 @@ def _toggled(label: str) -> tuple[Any, str]:
 
 def _other_budget(kind: str, budget: float | None, steps: float | None) -> Any:
     """The same budget, said the other way."""
-    label = kind.capitalize()
+    label = LABELS[kind]
     if not budget or not steps:
         return gr.Number(label=label)
     value = full_steps(round(steps), FASTER, budget) if kind == FULL else round(steps / budget, 2)
