@@ -39,6 +39,9 @@ from tap_diffusion.ui_parts import maps
 from tiny import build_pipeline, count_calls
 
 RECOMMENDED, PAPER = list(METHODS)[:2]
+INPUTS: dict[str, Any] = {
+    "prompt": "red apple", "seed": 3, "steps": 12, "kind": FULL, "budget": 4, "method": RECOMMENDED
+}  # fmt: skip
 FASHION = Path(__file__).parents[1] / "docs" / "bench" / "fashion"
 
 
@@ -52,8 +55,7 @@ def of(session: str) -> Any:
 
 
 def generated(page: Page, session: str = "a", progress: Any = lambda *_, **__: None, **changes: Any) -> Any:
-    inputs = {"prompt": "red apple", "seed": 3, "steps": 12, "kind": FULL, "budget": 4, "method": RECOMMENDED}
-    return page.generate(**inputs | changes, request=of(session), progress=progress)
+    return page.generate(**INPUTS | changes, request=of(session), progress=progress)
 
 
 @cache
@@ -214,11 +216,10 @@ def test_an_error_in_a_run_leaves_all_usable(page: Page) -> None:
 def test_bad_input_is_explained_at_its_place(
     page: Page, changes: dict[str, Any], place: int | None, words: str
 ) -> None:
-    inputs = {"prompt": "red apple", "seed": 3, "steps": 12, "kind": FULL, "budget": 4, "method": RECOMMENDED}
-    problems = page.problems(**inputs | changes)
+    problems = page.problems(**INPUTS | changes)
     assert [i for i, problem in enumerate(problems) if problem] == ([] if place is None else [place])
     assert words in problems[place or 0]
-    checks = page.validate(*(inputs | changes).values())
+    checks = page.validate(*(INPUTS | changes).values())
     assert [check["is_valid"] for check in checks] == [not problem for problem in problems]
 
 
@@ -307,7 +308,7 @@ def test_it_listens_at_localhost_and_asks_nobody(monkeypatch: pytest.MonkeyPatch
     blocks = Page(pipe, "emoji").blocks()
     try:
         address = serve(blocks, "127.0.0.1", None)
-        listening = blocks.server.servers[0].sockets  # type: ignore[attr-defined]
+        listening = blocks.server.servers[0].sockets
         assert {each.getsockname()[0] for each in listening} == {"127.0.0.1"}
         with urllib.request.urlopen(address) as answer:
             text = answer.read().decode()
@@ -472,7 +473,12 @@ class TestInABrowser:
         two.locator("#pictures", has_text="queue").wait_for(state="detached")
         one.close()
         free = threading.Event()
-        threading.Thread(target=lambda: served[0]._lock.acquire() and (served[0]._lock.release(), free.set())).start()
+
+        def wait() -> None:
+            with served[0]._lock:
+                free.set()
+
+        threading.Thread(target=wait, daemon=True).start()
         for _ in range(240):  # that many half seconds, for the server to see that the tab is gone
             two.wait_for_timeout(500)
             if free.is_set():
