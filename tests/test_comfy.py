@@ -344,7 +344,8 @@ class Eps:
 
 
 def test_hindsight_moves_each_condition_by_its_own_share() -> None:
-    output, predicted = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.ones(4, 3)
+    output, other = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    predicted = output + 0.05 * other  # near enough that nothing is held back
     share = torch.tensor([[0.5], [0.5], [-2.0], [-2.0]])
     assert torch.allclose(passes._moved(output, predicted, [0.5, -2.0]), output + share * (output - predicted))
     assert torch.allclose(passes._moved(output, predicted, [0.5]), output + 0.5 * (output - predicted))

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import typer
-from diffusers import DiffusionPipeline, FirstBlockCacheConfig, FluxPipeline
+from diffusers import DiffusionPipeline, FirstBlockCacheConfig, FluxPipeline, FluxTransformer2DModel
 from torch import nn
 from typer.testing import CliRunner
 
@@ -69,8 +69,13 @@ def test_python_blocks_run(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path:
         return build_pipeline(Substitute)
 
     monkeypatch.setattr(FluxPipeline, "from_pretrained", from_pretrained)
+    for function, value in {"init_process_group": None, "get_rank": 0}.items():  # several GPUs are one CPU here
+        monkeypatch.setattr(torch.distributed, function, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    for method in ("set_attention_backend", "enable_parallelism"):
+        monkeypatch.setattr(FluxTransformer2DModel, method, lambda *_, **__: None)
     monkeypatch.chdir(tmp_path)
-    families, namespace = dict(FAMILIES), {"__name__": "page"}
+    families, namespace = dict(FAMILIES), {"__function_": "page"}
     try:
         for line, block in fenced(text_of(name), "python"):
             exec(compile("\n" * line + block, name, "exec"), namespace)
@@ -350,7 +355,7 @@ class HasUNet:
     unet = object()
 
 
-HasUNet.__name__ = "StableDiffusionPipeline"
+HasUNet.__function_ = "StableDiffusionPipeline"
 
 
 def a_command(*arguments: str) -> str:

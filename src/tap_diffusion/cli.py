@@ -524,6 +524,52 @@ def _sides(resolution: str | None) -> tuple[int | None, int | None]:
 
 
 @app.command()
+def ui(
+    model: Annotated[
+        str, _option("Model", "--model", "-m", help="emoji (embedded), a pipeline's folder, or a hub id.")
+    ] = "emoji",
+    dtype: Annotated[DType, _option("Model", help="auto: bfloat16 on a GPU, float32 on a CPU.")] = DType.auto,
+    device: Annotated[
+        str | None, _option("Model", help="cpu, cuda, cuda:1, …", default="cuda where there is one")
+    ] = None,
+    results: Annotated[
+        Path | None, _option("Page", help="results.json of a bench run, or its folder, to show the frontier of.")
+    ] = None,
+    host: Annotated[
+        str, _option("Page", help="Address to listen at; 0.0.0.0 lets in whoever reaches this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None, _option("Page", help="Port to listen at.", default="the first free from 7860", min=1, max=65535)
+    ] = None,
+) -> None:
+    """Open a page in the browser: plain and accelerated pictures, and what each token took.
+
+    Example: tap ui --results bench/fashion/results.json
+    """
+    try:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+        with _importing("the page", "ui"):
+            from tap_diffusion.generate import load_pipeline
+            from tap_diffusion.ui import Page, serve
+        plots = ""
+        if results is not None:
+            with _importing():
+                from tap_diffusion.ui_parts import frontier
+
+                plots = frontier(results.parent if results.name == "results.json" else results)
+        page = Page(load_pipeline(model, *_placement(dtype, device)), model)
+        with console.status("trying the model"):
+            page.warm_up()
+        blocks = page.blocks(plots)
+        address = serve(blocks, host, port)
+    except (ConfigError, UnsupportedModelError, UsageError) as error:
+        raise _failed(error) from None
+    console.print(f"Open {address} in a browser. Ctrl-C ends it.", highlight=False, soft_wrap=True)
+    blocks.block_thread()
+
+
+@app.command()
 def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/models.md.")] = False,
@@ -576,13 +622,13 @@ def _budgets(text: str) -> list[int]:
 
 
 @contextmanager
-def _importing() -> Iterator[None]:
+def _importing(what: str = "the bench", extra: str = "bench") -> Iterator[None]:
     """For imports that take seconds, of what not everybody has installed."""
-    with console.status("importing what the bench needs"):
+    with console.status(f"importing what {what} needs"):
         try:
             yield
         except ModuleNotFoundError as error:
-            raise UsageError(f"the bench needs {error.name}: pip install 'tap-diffusion[bench]'") from error
+            raise UsageError(f"{what} needs {error.name}: pip install 'tap-diffusion[{extra}]'") from error
 
 
 def _failed(error: Exception) -> typer.Exit:

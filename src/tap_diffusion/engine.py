@@ -222,11 +222,12 @@ class Engine:
             return result
         loss, h = self.config.loss, self._sketched(probe())
         gram = None if loss == "l1" else history.gram
-        # Only each token's own choice can be fused with the losses, and not what a subclass makes of them.
-        fused = self.config.granularity == "token" and type(self)._choose is Engine._choose
+        # What a subclass makes of the losses, or what other ranks have to hear of, can't be fused with them.
+        alone = self.config.granularity == "token" or not self._ranks.several
+        fused = alone and type(self)._choose is Engine._choose
         result, choice, doubt = kernels.predict(
             hidden_states, h, history.probe, gram, history.residual, coefficients, loss,
-            "token" if fused else self._choose, mend=late,
+            self.config.granularity if fused else self._choose, mend=late,
         )  # fmt: skip
         self._trust(call, doubt, late)
         self._pending.append(Choice(call.step, call.branch, members, choice))

@@ -97,7 +97,7 @@ class Request:
     def check(self, pipe: Any) -> None:
         """Raise UsageError for what this pipeline can't do."""
         if not isinstance(pipe, FluxPipeline):
-            raise UsageError(f"tap generate runs text-to-image FLUX pipelines; this is a {type(pipe).__name__}")
+            raise UsageError(f"tap runs text-to-image FLUX pipelines here; this is a {type(pipe).__name__}")
         multiple = 2 * pipe.vae_scale_factor
         for name, value in (("height", self.height), ("width", self.width)):
             if value is not None and (value % multiple or value < multiple):
@@ -125,8 +125,12 @@ class Request:
         return arguments | {"negative_prompt": "", "true_cfg_scale": self.guidance}
 
 
-def run(pipe: Any, request: Request, label: str) -> tuple[Tensor, float]:
+def run(pipe: Any, request: Request, label: str, **more: Any) -> tuple[Tensor, float]:
     """Generate all prompts; the i-th has seed ``request.seed + i`` whatever the batch size.
+
+    Args:
+        label: of the progress bar.
+        more: further arguments of the pipeline's call.
 
     Returns:
         pictures (count, 3, H, W) in [-1, 1] on the CPU, float32; seconds.
@@ -136,7 +140,8 @@ def run(pipe: Any, request: Request, label: str) -> tuple[Tensor, float]:
     start = time.perf_counter()
     for first in range(0, len(request.prompts), request.batch_size):
         prompts = request.prompts[first : first + request.batch_size]
-        pictures.append(draw(pipe, request, prompts, range(request.seed + first, request.seed + first + len(prompts))))
+        seeds = range(request.seed + first, request.seed + first + len(prompts))
+        pictures.append(draw(pipe, request, prompts, seeds, **more))
     return torch.cat(pictures), time.perf_counter() - start
 
 
@@ -146,8 +151,12 @@ def draw(
     prompts: Sequence[str],
     seeds: Sequence[int],
     negative_prompts: Sequence[str | None] = (),
+    **more: Any,
 ) -> Tensor:
     """Generate one batch, whose prompts are these, each with a generator of its own.
+
+    Args:
+        more: further arguments of the pipeline's call.
 
     Returns:
         pictures (count, 3, H, W) in [-1, 1] on the CPU, float32.
@@ -155,7 +164,7 @@ def draw(
     Raises:
         UsageError: there is a negative prompt, and nothing that it could have an effect on.
     """
-    arguments = request.arguments(pipe)
+    arguments = request.arguments(pipe) | more
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     negative = [prompt or "" for prompt in negative_prompts]
     if any(negative) and arguments.get("true_cfg_scale", 1) <= 1:

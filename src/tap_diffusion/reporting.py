@@ -51,10 +51,11 @@ class Choice:
     branch: str
     candidates: list[Candidate]
     index: Tensor  # (B, N) uint8, into candidates
+    loss: Tensor | None = None  # (B, N), proxy loss of what was taken, where an engine keeps it
 
     def of(self, samples: slice) -> Choice:
         """The same of some samples of the batch."""
-        return replace(self, index=self.index[samples])
+        return replace(self, index=self.index[samples], loss=None if self.loss is None else self.loss[samples])
 
 
 @dataclass

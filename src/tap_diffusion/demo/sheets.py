@@ -78,7 +78,7 @@ def choices_sheet(
     """
     rows = []
     for choice in choices:
-        palette = torch.tensor([_colour(candidate) for candidate in choice.candidates])
+        palette = torch.tensor([colour(candidate) for candidate in choice.candidates])
         colours = palette[choice.index.cpu().long()].unflatten(1, grid).permute(0, 3, 1, 2) * 2 - 1
         colours = torch.nn.functional.interpolate(colours, size=pictures.shape[-2:], mode="nearest")
         rows.append(0.35 * pictures.float() + 0.65 * colours)
@@ -86,7 +86,7 @@ def choices_sheet(
     return stack([maps, _legend(sorted({c._replace(horizon=0.0) for choice in choices for c in choice.candidates}))])
 
 
-def _colour(candidate: Candidate) -> tuple[float, float, float]:
+def colour(candidate: Candidate) -> tuple[float, float, float]:
     """A hue for each order; the shorter the horizon, the lighter."""
     if candidate.order == 0:
         return (0.45, 0.45, 0.45)
@@ -103,7 +103,7 @@ def _legend(members: Sequence[Candidate]) -> Image.Image:
     for r, row in enumerate(orders):
         for c, member in enumerate(row):
             x, y = _GAP + cell * c, 2 * _GAP + line * r
-            red, green, blue = (round(255 * part) for part in _colour(member))
+            red, green, blue = (round(255 * part) for part in colour(member))
             draw.rectangle((x, y, x + _LINE, y + _LINE - _GAP), fill=(red, green, blue))
             draw.text((x + _LINE + 2 * _GAP, y - 2), str(member), fill="black", font=_FONT)
     return page
