@@ -75,7 +75,7 @@ def test_python_blocks_run(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path:
     for method in ("set_attention_backend", "enable_parallelism"):
         monkeypatch.setattr(FluxTransformer2DModel, method, lambda *_, **__: None)
     monkeypatch.chdir(tmp_path)
-    families, namespace = dict(FAMILIES), {"__function_": "page"}
+    families, namespace = dict(FAMILIES), {"__name__": "page"}
     try:
         for line, block in fenced(text_of(name), "python"):
             exec(compile("\n" * line + block, name, "exec"), namespace)
@@ -355,7 +355,7 @@ class HasUNet:
     unet = object()
 
 
-HasUNet.__function_ = "StableDiffusionPipeline"
+HasUNet.__name__ = "StableDiffusionPipeline"
 
 
 def a_command(*arguments: str) -> str:
