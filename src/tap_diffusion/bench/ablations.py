@@ -33,6 +33,7 @@ from tap_diffusion.bench.ablation_page import write_page
 from tap_diffusion.bench.bench import Bench, Suite, write_json
 from tap_diffusion.bench.calibration import run
 from tap_diffusion.bench.methods import Method, Setting, Variant, on_engine
+from tap_diffusion.bench.methods.spectrum import growing
 from tap_diffusion.bench.models import MODELS, BenchModel
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.engine import Engine
@@ -205,10 +206,16 @@ def beyond() -> Iterator[Ablation]:
         yield _configured("sketch", "all channels" if stride == 1 else f"1 in {stride}", sketch=stride)
 
 
+def _growing(steps: int, count: int) -> tuple[int, ...]:
+    """Spectrum's windows after two full steps; even spacing where no growth gives that many."""
+    return growing(steps, count).get("growing windows after 2") or even_steps(steps, count)
+
+
 _SCHEDULES: dict[str, Callable[[int, int], tuple[int, ...]]] = {
     "paper": paper_steps,
     "even": even_steps,
     "even after 2": lambda steps, count: even_steps(steps, count, warmup=2),
+    "growing windows after 2": _growing,
 }
 
 
