@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 _LINK = re.compile(r"(?<=\]\()([^)#\s:]+)(?=[)#])")  # targets of Markdown's links that have no scheme
+_PICTURES = {".jpg", ".png", ".svg"}
 _ITEM = re.compile(r"(?:[-*]|\d+\.) ")
 _PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 _FOREIGN = re.compile(r"""<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=["']?(?:https?:)?//[^>]*>""")
@@ -44,7 +45,12 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     wanted = {path for page in markdown_files() for path in linked(page.read_text("utf-8"), page.parent)}
     for path in sorted(wanted):
         wanted |= {file.relative_to(ROOT).as_posix() for file in (ROOT / path).glob("*.py")}
+        if path.endswith(".md"):
+            wanted |= linked((ROOT / path).read_text("utf-8"), (ROOT / path).parent)
     for path in sorted(wanted):
+        if Path(path).suffix in _PICTURES:
+            files.append(File.generated(config, code_page(path), abs_src_path=str(ROOT / path)))
+            continue
         content = f"---\nsearch: {{exclude: true}}\nhide: [toc]\n---\n{code(path)}"
         files.append(File.generated(config, code_page(path), content=content))
     return files
@@ -152,7 +158,9 @@ def _is_code(path: str) -> bool:
 
 
 def code_page(path: str) -> str:
-    """The page that shows a file or lists a folder."""
+    """The page that shows a file or lists a folder; a picture is its own."""
+    if Path(path).suffix in _PICTURES:
+        return f"code/{path}"
     return f"code/{path}/index.md" if (ROOT / path).is_dir() else f"code/{path}.md"
 
 
@@ -167,7 +175,8 @@ def code(path: str) -> str:
         return "\n".join([f"# `{path}`", "", *items, ""])
     text = place.read_text("utf-8")
     if place.suffix == ".md":
-        return re.sub(r"(?s)\A---.*?^---\n", "", text, flags=re.MULTILINE)  # a model card's front matter
+        text = re.sub(r"(?s)\A---.*?^---\n", "", text, flags=re.MULTILINE)  # a model card's front matter
+        return relinked(text, place.parent, code_page(path))
     if place.suffix == ".ipynb":
         return notebook(json.loads(text))
     return f"# `{path}`\n\n``````{place.suffix.lstrip('.') or 'text'}\n{text}\n``````\n"
