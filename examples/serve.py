@@ -10,7 +10,6 @@ requests and times them; this adds pictures and the seconds each took, both for 
 """
 
 import asyncio
-import io
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -22,9 +21,9 @@ from ray import serve
 from ray.serve.metrics import Counter, Histogram
 
 import tap_diffusion as tap
-from tap_diffusion.demo.sheets import to_image
+from tap_diffusion.demo.sheets import png, to_image
 from tap_diffusion.errors import UsageError
-from tap_diffusion.generate import Request, draw, load_pipeline
+from tap_diffusion.generate import Request, draw, guidance_for, load_pipeline, prompt_for
 
 BATCH = 8  # pictures at a time, at most
 PATIENCE = 0.05  # seconds that the first of a batch waits for others
@@ -55,13 +54,6 @@ class Options(BaseModel):
     replicas: int = Field(1, ge=1)
 
 
-def as_png(picture: torch.Tensor) -> bytes:
-    """A picture (3, H, W) in [-1, 1] as a file."""
-    file = io.BytesIO()
-    to_image(picture).save(file, "png")
-    return file.getvalue()
-
-
 @serve.deployment(max_ongoing_requests=4 * BATCH)
 @serve.ingress(api)
 class Pictures:
@@ -71,7 +63,7 @@ class Pictures:
         dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
         self.pipe: Any = load_pipeline(options.model, dtype, options.device)
         self.pipe.set_progress_bar_config(disable=True)
-        self.guidance = 2.0 if options.model == "emoji" and options.guidance is None else options.guidance
+        self.model, self.guidance = options.model, guidance_for(options.model, options.guidance)
         self.count = Counter("tap_pictures", "Pictures generated.", tag_keys=("full_steps",))
         self.seconds = Histogram(
             "tap_seconds_per_picture", "Time of a batch over its pictures.",
@@ -110,13 +102,14 @@ class Pictures:
             request = Request((), first.steps, guidance=self.guidance, height=first.height, width=first.width)
             request.check(self.pipe)
             with tap.enabled(self.pipe, tap.TAPConfig(full_steps=first.full_steps)):
-                pictures = draw(self.pipe, request, [wish.prompt for wish in wishes], [wish.seed for wish in wishes])
+                prompts = [prompt_for(self.model, wish.prompt) for wish in wishes]
+                pictures = draw(self.pipe, request, prompts, [wish.seed for wish in wishes])
         except Exception as error:
             return [error] * len(wishes)
         tags = {"full_steps": str(first.full_steps)}
         self.count.inc(len(wishes), tags)
         self.seconds.observe((time.perf_counter() - start) / len(wishes), tags)
-        return [as_png(picture) for picture in pictures]
+        return [png(to_image(picture)) for picture in pictures]
 
 
 def app(options: Options) -> serve.Application:

@@ -10,7 +10,6 @@ handed to a worker, and where samples of a batch would depend on each other they
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
@@ -33,7 +32,7 @@ import torch
 
 from tap_diffusion import __version__
 from tap_diffusion.config import TAPConfig
-from tap_diffusion.demo.sheets import to_image
+from tap_diffusion.demo.sheets import png, to_image
 from tap_diffusion.errors import UsageError
 from tap_diffusion.files import write_whole
 from tap_diffusion.generate import Request, draw, load_pipeline
@@ -179,9 +178,9 @@ class Manifest:
 
     def add(self, results: Any) -> None:
         """Write the pictures of a batch, and then its part, each whole or not at all."""
-        for file, png in zip(results["file"].to_pylist(), results["png"].to_pylist(), strict=True):
+        for file, content in zip(results["file"].to_pylist(), results["png"].to_pylist(), strict=True):
             if file is not None:
-                write_whole(self.out / file, methodcaller("write_bytes", png))
+                write_whole(self.out / file, methodcaller("write_bytes", content))
         # In order of time, the newest last; the rest of the name keeps two runs in one folder from losing each other's.
         part = self._parts / f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.parquet"
         write_whole(part, lambda partial: pq.write_table(results.drop_columns("png"), partial))
@@ -268,9 +267,7 @@ class Worker:
             raise _Coupled("a value of one sample that is not finite made a step full for all of them")
         if not pictures.isfinite().all():
             raise ValueError("the picture has values that are not finite")
-        files = [io.BytesIO() for _ in rows]
-        for picture, file in zip(pictures, files, strict=True):
-            to_image(picture).save(file, "png")
+        files = [png(to_image(picture)) for picture in pictures]
         common = self._place | {
             "seconds": (time.perf_counter() - start) / len(rows),
             "batch": len(rows),
@@ -278,7 +275,7 @@ class Worker:
             "predicted_steps": account.predicted_steps,
         }
         return [
-            asdict(row) | common | {"file": f"pictures/{row.stem}.png", "png": file.getvalue()}
+            asdict(row) | common | {"file": f"pictures/{row.stem}.png", "png": file}
             for row, file in zip(rows, files, strict=True)
         ]
 

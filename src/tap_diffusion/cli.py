@@ -67,6 +67,26 @@ def _option(panel: str, *names: str, help: str, default: str | bool = True, **mo
     return typer.Option(*names, rich_help_panel=panel, help=help, show_default=default, **more)
 
 
+# Options that commands share.
+_WHERE = "cuda where there is one"
+ModelOption = Annotated[
+    str, _option("Model", "--model", "-m", help="emoji (embedded), a pipeline's folder, or a hub id.")
+]
+ModelDTypeOption = Annotated[DType, _option("Model", help="auto: bfloat16 on a GPU, float32 on a CPU.")]
+ModelDeviceOption = Annotated[str | None, _option("Model", help="cpu, cuda, cuda:1, …", default=_WHERE)]
+BenchModelOption = Annotated[
+    str | None,
+    _option(
+        "What", "--model", "-m", help="emoji, fashion, sprites, a pipeline's folder, or a hub id.", default="emoji"
+    ),
+]
+BenchPromptsOption = Annotated[
+    Path | None, _option("What", "--prompts", help="File with one prompt a line, for a folder or hub id.")
+]
+BenchDTypeOption = Annotated[DType, _option("What", help="Of a folder or hub id; auto: bfloat16 on a GPU.")]
+BenchDeviceOption = Annotated[str | None, _option("What", help="Of a folder or hub id.", default=_WHERE)]
+
+
 @app.callback()
 def main() -> None:
     """Token-Adaptive Predictor: training-free acceleration of diffusion transformers."""
@@ -81,13 +101,9 @@ def generate(
         Path | None,
         _option("Sampling", "--prompts", help="File with one prompt a line; for many also .jsonl or .parquet."),
     ] = None,
-    model: Annotated[
-        str, _option("Model", "--model", "-m", help="emoji (embedded), a pipeline's folder, or a hub id.")
-    ] = "emoji",
-    dtype: Annotated[DType, _option("Model", help="auto: bfloat16 on a GPU, float32 on a CPU.")] = DType.auto,
-    device: Annotated[
-        str | None, _option("Model", help="cpu, cuda, cuda:1, …", default="cuda where there is one")
-    ] = None,
+    model: ModelOption = "emoji",
+    dtype: ModelDTypeOption = DType.auto,
+    device: ModelDeviceOption = None,
     steps: Annotated[int, _option("Sampling", help="Denoising steps.", min=1)] = 50,
     seed: Annotated[int, _option("Sampling", help="Seed of the first picture; the next take the next.", min=0)] = 0,
     guidance: Annotated[
@@ -153,10 +169,9 @@ def generate(
             os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
             import torch
 
-            from tap_diffusion.generate import Request, load_pipeline
+            from tap_diffusion.generate import Request, guidance_for, load_pipeline, prompt_for
             from tap_diffusion.generate import generate as run_generate
-        if model == "emoji" and guidance is None:
-            guidance = 2.0
+        guidance = guidance_for(model, guidance)
         if engine is not None:
             if prompt_file is None:
                 raise UsageError("--prompts is missing: a file of what to draw")
@@ -165,8 +180,7 @@ def generate(
             _generate_many(prompt_file, common, (dtype, device), on_ray, (seed, width, height), batch_size, out)
             return
         pipe = load_pipeline(model, *_placement(dtype, device))
-        if model == "emoji":
-            wanted = [prompt.lower() for prompt in wanted]  # its vocabulary has no capitals
+        wanted = [prompt_for(model, prompt) for prompt in wanted]
         request = Request(wanted, steps, seed, guidance, height, width, batch_size)
         written: list[str] = []
         try:
@@ -188,12 +202,12 @@ def _generate_many(
 ) -> None:  # fmt: skip
     try:
         from tap_diffusion import bulk
+        from tap_diffusion.generate import prompt_for
         from tap_diffusion.rows import read_rows
     except ModuleNotFoundError as error:
         raise UsageError(f"many prompts need {error.name}: pip install 'tap-diffusion[bulk]'") from error
     rows, ignored = read_rows(file, *defaults)
-    if common["model"] == "emoji":  # its vocabulary has no capitals
-        rows = [replace(row, prompt=row.prompt.lower()) for row in rows]
+    rows = [replace(row, prompt=prompt_for(common["model"], row.prompt)) for row in rows]
     dtype, device = placed
     if on_ray is None:
         weights, device = _placement(dtype, device)
@@ -239,23 +253,14 @@ def _generate_many(
 
 @app.command()
 def bench(
-    model: Annotated[
-        str | None,
-        _option(
-            "What", "--model", "-m", help="emoji, fashion, sprites, a pipeline's folder, or a hub id.", default="emoji"
-        ),
-    ] = None,
+    model: BenchModelOption = None,
     recipe: Annotated[
         str | None,
         _option("What", "--recipe", help="A setting of the paper by name, or a FILE.json; options override it."),
     ] = None,
-    prompt_file: Annotated[
-        Path | None, _option("What", "--prompts", help="File with one prompt a line, for a folder or hub id.")
-    ] = None,
-    dtype: Annotated[DType, _option("What", help="Of a folder or hub id; auto: bfloat16 on a GPU.")] = DType.auto,
-    device: Annotated[
-        str | None, _option("What", help="Of a folder or hub id.", default="cuda where there is one")
-    ] = None,
+    prompt_file: BenchPromptsOption = None,
+    dtype: BenchDTypeOption = DType.auto,
+    device: BenchDeviceOption = None,
     suite: Annotated[
         SuiteName, _option("What", help="quick: minutes, a few methods; standard: nearly all; paper: more samples.")
     ] = SuiteName.quick,
@@ -309,20 +314,11 @@ def bench(
 
 @app.command()
 def tune(
-    model: Annotated[
-        str | None,
-        _option(
-            "What", "--model", "-m", help="emoji, fashion, sprites, a pipeline's folder, or a hub id.", default="emoji"
-        ),
-    ] = None,
+    model: BenchModelOption = None,
     recipe: Annotated[str | None, _option("What", "--recipe", help="As tap bench has it.")] = None,
-    prompt_file: Annotated[
-        Path | None, _option("What", "--prompts", help="File with one prompt a line, for a folder or hub id.")
-    ] = None,
-    dtype: Annotated[DType, _option("What", help="Of a folder or hub id; auto: bfloat16 on a GPU.")] = DType.auto,
-    device: Annotated[
-        str | None, _option("What", help="Of a folder or hub id.", default="cuda where there is one")
-    ] = None,
+    prompt_file: BenchPromptsOption = None,
+    dtype: BenchDTypeOption = DType.auto,
+    device: BenchDeviceOption = None,
     budgets: Annotated[str, _option("What", "--full-steps", help="How many, with commas between.")] = "14,10,8,6",
     steps: Annotated[int | None, _option("What", help="Denoising steps.", min=3, default="50")] = None,
     samples: Annotated[int, _option("Search", help="Prompts to search on.", min=1)] = 16,
@@ -454,9 +450,7 @@ def profile(
     frames: Annotated[int | None, _option("What", help="Of a video.", default="the size's own", min=1)] = None,
     batch: Annotated[int | None, _option("What", help="Samples.", default="the size's own", min=1)] = None,
     dtype: Annotated[DType, _option("What", help="auto: bfloat16 on a GPU, float32 on a CPU.")] = DType.auto,
-    device: Annotated[
-        str | None, _option("What", help="cpu, cuda, cuda:1, …", default="cuda where there is one")
-    ] = None,
+    device: Annotated[str | None, _option("What", help="cpu, cuda, cuda:1, …", default=_WHERE)] = None,
     steps: Annotated[int, _option("How", help="Denoising steps.", min=6)] = 50,
     full_steps: Annotated[int, _option("How", help="How many of them are full.", min=2)] = 8,
     repeats: Annotated[int, _option("How", help="Trajectories that are timed.", min=1)] = 3,
@@ -525,13 +519,9 @@ def _sides(resolution: str | None) -> tuple[int | None, int | None]:
 
 @app.command()
 def ui(
-    model: Annotated[
-        str, _option("Model", "--model", "-m", help="emoji (embedded), a pipeline's folder, or a hub id.")
-    ] = "emoji",
-    dtype: Annotated[DType, _option("Model", help="auto: bfloat16 on a GPU, float32 on a CPU.")] = DType.auto,
-    device: Annotated[
-        str | None, _option("Model", help="cpu, cuda, cuda:1, …", default="cuda where there is one")
-    ] = None,
+    model: ModelOption = "emoji",
+    dtype: ModelDTypeOption = DType.auto,
+    device: ModelDeviceOption = None,
     results: Annotated[
         Path | None, _option("Page", help="results.json of a bench run, or its folder, to show the frontier of.")
     ] = None,

@@ -62,6 +62,16 @@ def load_pipeline(model: str, dtype: torch.dtype, device: str) -> DiffusionPipel
     return pipe.to(device)
 
 
+def prompt_for(model: str, prompt: str) -> str:
+    """A prompt as a model reads it: the embedded one's vocabulary has no capitals."""
+    return prompt.lower() if model == "emoji" else prompt
+
+
+def guidance_for(model: str, guidance: float | None) -> float | None:
+    """The guidance scale asked for; where none was, 2 for the embedded model, and None for a pipeline's own."""
+    return 2.0 if guidance is None and model == "emoji" else guidance
+
+
 def _is_connection_error(error: BaseException) -> bool:
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:

@@ -23,7 +23,7 @@ from tap_diffusion.config import TAPConfig
 from tap_diffusion.demo.sheets import to_image
 from tap_diffusion.engine import Engine
 from tap_diffusion.errors import UsageError
-from tap_diffusion.generate import Request, psnr, run
+from tap_diffusion.generate import Request, guidance_for, prompt_for, psnr, run
 from tap_diffusion.integrations.api import enabled, hooks, report
 from tap_diffusion.schedule import FEWEST, paper_steps
 from tap_diffusion.tracking import Call
@@ -112,8 +112,8 @@ class Page:
         run(self.pipe, self._request("red apple", 0, 2), "warm-up")
 
     def _request(self, prompt: str, seed: float, steps: float) -> Request:
-        emoji = self.model == "emoji"  # its vocabulary has no capitals
-        return Request([prompt.lower() if emoji else prompt], int(steps), int(seed), 2.0 if emoji else None)
+        prompts = [prompt_for(self.model, prompt)]
+        return Request(prompts, int(steps), int(seed), guidance_for(self.model, None))
 
     def problems(self, prompt: str, seed: Any, steps: Any, kind: str, budget: Any, method: str) -> list[str]:
         """What is wrong with each of the inputs, in their order, and its remedy; empty where nothing is."""
@@ -141,7 +141,7 @@ class Page:
         tokenizer = self.pipe.tokenizer_2
         if self.model == "emoji":
             known = {token.removeprefix("▁") for token in tokenizer.get_vocab() if token.startswith("▁")} - {""}
-            for word in prompt.lower().split():
+            for word in prompt_for(self.model, prompt).split():
                 if word not in known:
                     near = get_close_matches(word, known) or ["red", "green", "apple", "frog", "face"]
                     return f"The embedded model never saw the word “{word}”. It knows, for example: {', '.join(near)}."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tap_diffusion.demo.sheets import colour
+from tap_diffusion.demo.sheets import colour, png
 from tap_diffusion.predictors import Candidate
 from tap_diffusion.reporting import Choice, Report
 
@@ -111,9 +110,7 @@ def _css(parts: Sequence[float]) -> str:
 
 
 def _uri(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(png(image)).decode()
 
 
 def frontier(results: Path) -> str:

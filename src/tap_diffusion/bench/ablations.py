@@ -37,6 +37,7 @@ from tap_diffusion.bench.methods.spectrum import growing
 from tap_diffusion.bench.models import MODELS, BenchModel
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.engine import Engine
+from tap_diffusion.errors import UsageError
 from tap_diffusion.files import write_whole
 from tap_diffusion.predictors import Candidate
 from tap_diffusion.schedule import even_steps, paper_steps
@@ -207,8 +208,11 @@ def beyond() -> Iterator[Ablation]:
 
 
 def _growing(steps: int, count: int) -> tuple[int, ...]:
-    """Spectrum's windows after two full steps; even spacing where no growth gives that many."""
-    return growing(steps, count).get("growing windows after 2") or even_steps(steps, count)
+    """Spectrum's windows after two full steps. Raises UsageError where no growth gives that many."""
+    found = growing(steps, count).get("growing windows after 2")
+    if found is None:
+        raise UsageError(f"no windows that grow have {count} of {steps} steps full; choose another budget")
+    return found
 
 
 _SCHEDULES: dict[str, Callable[[int, int], tuple[int, ...]]] = {

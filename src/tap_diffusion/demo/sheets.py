@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import io
 import textwrap
 from collections.abc import Sequence
 
@@ -64,6 +65,13 @@ def to_image(picture: Tensor) -> Image.Image:
     """A picture (3, H, W) in [-1, 1] as 8-bit RGB."""
     pixels = ((picture.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def png(image: Image.Image) -> bytes:
+    """An image as the content of a file."""
+    file = io.BytesIO()
+    image.save(file, "png")
+    return file.getvalue()
 
 
 def choices_sheet(
