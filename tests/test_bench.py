@@ -265,7 +265,7 @@ def test_a_run_measures_what_it_says(tmp_path: Path) -> None:
     assert row["psnr_db"] == pytest.approx(float(metrics.psnr(few.pictures, full.pictures)[0]), abs=1e-3)
     assert row["condition"] == WORDS[2]
     tried = json.loads((tmp_path / "tuning" / "fora-4.json").read_text())
-    assert {entry["schedule"] for entry in tried} == {"paper", "even", "even after 2", "even on the clock"}
+    assert {entry["schedule"] for entry in tried} == {"paper", "even", "even after 2", "even on the clock", "growing"}
     best = max(tried, key=lambda entry: entry["psnr_db"])
     assert cells["fora"]["schedule"] == best["schedule"]
 

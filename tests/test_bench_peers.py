@@ -18,7 +18,7 @@ from tap_diffusion.bench.counting import Counts, counted
 from tap_diffusion.bench.methods import Setting, Variant, cachedit, diffusers_caches, registry
 from tap_diffusion.bench.models import BenchModel, draw
 from tap_diffusion.bench.pixels import PixelDiTPipeline
-from tap_diffusion.schedule import clock_steps, even_steps, paper_steps
+from tap_diffusion.schedule import clock_steps, even_steps, growing_steps, paper_steps
 from test_sprites import PROMPTS
 from test_sprites import build as build_wan
 from tiny import TOKENS, WORDS, build_pipeline, interrupt_at
@@ -126,7 +126,7 @@ def test_cache_dit_has_the_schedules_of_all(on_flux: Setting) -> None:
     assert known is not None
     schedules = (
         paper_steps(STEPS, BUDGET), even_steps(STEPS, BUDGET), even_steps(STEPS, BUDGET, warmup=2),
-        clock_steps(known.clock, BUDGET),
+        clock_steps(known.clock, BUDGET), growing_steps(STEPS, BUDGET),
     )  # fmt: skip
     assert masks == [[int(step in full) for step in range(STEPS)] for full in schedules]
 

@@ -13,7 +13,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 import tap_diffusion as tap
-from tap_diffusion.schedule import full_steps
+from tap_diffusion.integrations.models import SPECS
+from tap_diffusion.schedule import full_steps, growing_steps
 from tiny import engine_of
 from zoo import build
 from zoo.checks import CONFIG, INTERVAL, WARMUP
@@ -166,6 +167,11 @@ def test_pipeline(name: str) -> None:
         recommended = sample()
         report = tap.report(pipe)
         assert report.full_calls == setup.branches * 6
+        full = sorted({step for step, is_full, _ in report.calls if is_full})
+        if SPECS[setup.transformer].video:
+            assert full == list(growing_steps(steps, 6))
+        else:
+            assert full[-1] == steps - 2
         assert not report.fallbacks
         assert engine_of(pipe.transformer).cache_bytes == 0
         assert torch.equal(sample(), recommended)

@@ -23,7 +23,7 @@ from tap_diffusion.predictors import (
     newton,
     taylor,
 )
-from tap_diffusion.schedule import growing_steps
+from tap_diffusion.schedule import spectrum_steps
 from tap_diffusion.selection import combine
 
 REGRESSIONS = ("chebyshev", "chebyshev_linear")
@@ -274,7 +274,7 @@ def test_chebyshev_without_ridge_reproduces_polynomials(times: list[float], k: i
     )
 
 
-@pytest.mark.parametrize("steps", [growing_steps(28), growing_steps(50), list(range(0, 50, 5)), list(range(10))])
+@pytest.mark.parametrize("steps", [spectrum_steps(28), spectrum_steps(50), list(range(0, 50, 5)), list(range(10))])
 def test_differences_of_many_anchors_keep_precision_in_float32(steps: list[int]) -> None:
     rate, phase = torch.linspace(0.02, 0.2, 64), torch.linspace(0, 6, 64)
     features = {step: torch.sin(rate * step + phase).reshape(1, 1, 64) for step in steps}

@@ -3,12 +3,22 @@ from __future__ import annotations
 from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tap_diffusion import ConfigError, TAPConfig
-from tap_diffusion.schedule import FEWEST, clock_steps, even_steps, full_steps, growing_steps, paper_steps, plan
+from tap_diffusion.schedule import (
+    FEWEST,
+    clock_steps,
+    even_steps,
+    full_steps,
+    growing_steps,
+    paper_steps,
+    plan,
+    spectrum_steps,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(("interval", "count"), [(4, 14), (6, 10), (8, 8)])
@@ -43,7 +53,7 @@ def counted_steps(steps: int, window: float, growth: float, warmup: int) -> list
 
 
 def test_growing_windows_of_the_paper() -> None:
-    full = growing_steps(50)
+    full = spectrum_steps(50)
     assert full == [0, 1, 2, 3, 4, 6, 8, 11, 15, 20, 25, 31, 38, 46]  # 14 evaluations, as published
 
 
@@ -52,23 +62,23 @@ def test_growing_windows_of_the_paper() -> None:
     st.integers(1, 12),
 )  # fmt: skip
 def test_growing_windows_are_those_of_the_counter(steps: int, window: float, growth: float, warmup: int) -> None:
-    assert growing_steps(steps, window, growth, warmup) == counted_steps(steps, window, growth, warmup)
+    assert spectrum_steps(steps, window, growth, warmup) == counted_steps(steps, window, growth, warmup)
 
 
 @given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 12))
 def test_windows_that_do_not_grow_are_the_interval(steps: int, interval: int, warmup: int) -> None:
-    assert growing_steps(steps, interval, 0, warmup) == full_steps(steps, interval, warmup)
+    assert spectrum_steps(steps, interval, 0, warmup) == full_steps(steps, interval, warmup)
 
 
 def test_tenths_add_up() -> None:
     # 2.4 + 0.3 + 0.3 is 2.9999999999999996.
-    assert growing_steps(14, window=2.4, growth=0.3, warmup=1) == [0, 2, 4, 7, 10, 13]
+    assert spectrum_steps(14, window=2.4, growth=0.3, warmup=1) == [0, 2, 4, 7, 10, 13]
 
 
 @pytest.mark.parametrize("changes", [{"window": 0.5}, {"growth": -1}, {"warmup": 0}])
 def test_windows_that_never_end_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be at least"):
-        growing_steps(50, **changes)
+        spectrum_steps(50, **changes)
 
 
 @pytest.mark.parametrize(("count", "interval"), [(14, 4), (10, 6), (8, 8)])
@@ -104,6 +114,38 @@ def test_even_windows_differ_by_a_step_at_most(data: st.DataObject) -> None:
     windows = [b - a for a, b in pairwise(full[warmup - 1 :])]
     assert max(windows) - min(windows) <= 1
     assert min(windows) >= 1
+
+
+# ---------------------------------------------------------------------------------------------------- growing windows
+
+
+def test_growing_windows_of_fifty_steps() -> None:
+    assert growing_steps(50, 10) == (0, 1, 3, 6, 10, 15, 21, 28, 36, 45)
+    assert growing_steps(50, 1) == (0,)
+    assert growing_steps(4, 4) == growing_steps(4, 9) == (0, 1, 2, 3)
+    with pytest.raises(ValueError, match="at least the first"):
+        growing_steps(50, 0)
+
+
+@given(st.data())
+def test_growing_windows_lie_on_a_parabola_whose_last_window_is_cut_in_half(data: st.DataObject) -> None:
+    steps = data.draw(st.integers(4, 120))
+    count = data.draw(st.integers(2, steps - 1))
+    full = growing_steps(steps, count)
+    assert len(full) == count
+    assert full[0] == 0
+    assert full[-1] < steps
+    assert all(a < b for a, b in pairwise(full))
+    end = count - 0.5
+    bend, slope = np.linalg.solve(
+        np.array([[1, 1], [end**2, end]]), np.array([1, steps])
+    )  # through (0, 0), (1, 1) and (end, steps)
+    assert all(abs(bend * i**2 + slope * i - step) <= 0.5 + 1e-9 for i, step in enumerate(full))
+
+
+def test_a_plan_with_growing_windows() -> None:
+    is_full = plan(TAPConfig(speedup=5, windows="growing"), 50, None)
+    assert [step for step in range(50) if is_full(step)] == list(growing_steps(50, 10))
 
 
 # ------------------------------------------------------------------------------------------------------- on the clock

@@ -37,7 +37,7 @@ def test_the_search_finds_the_best_where_there_is_one_hill(peak: list[float]) ->
         assert list(full) == sorted(set(full))
         return -sum((step - best) ** 2 for step, best in zip(full[1:], (6 + peak[0], 15 + peak[1], 25), strict=True))
 
-    found = search(quality, (0, 10, 16, 22), 30, 10_000)
+    found = search(quality, [(0, 10, 16, 22)], 30, 10_000)
     best = max(itertools.combinations(range(1, 30), 3), key=lambda later: quality((0, *later)))
     assert quality(found) == pytest.approx(quality((0, *best)))
 
@@ -49,9 +49,18 @@ def test_the_search_asks_no_more_than_it_may_and_never_twice() -> None:
         asked.append(full)
         return float(sum(full))
 
-    found = search(quality, (0, 3, 6), 40, 9)
+    found = search(quality, [(0, 3, 6)], 40, 9)
     assert len(asked) == len(set(asked)) == 9
     assert quality(found) == max(map(sum, asked))
+
+
+def test_the_search_goes_on_from_the_best_start() -> None:
+    """Each start is on a hill of its own."""
+
+    def quality(full: tuple[int, ...]) -> float:
+        return max(2 - abs(full[1] - 4), 9 - abs(full[1] - 30), 1 - abs(full[1] - 60))
+
+    assert search(quality, [(0, 3), (0, 27), (0, 60)], 80, 100) == (0, 30)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ Granularity = Literal["token", "sample", "batch"]
 Probe = Literal["modulated_input", "first_block"]
 CacheDType = Literal["model", "float32", "bfloat16", "float16"]
 Clock = Literal["noise", "step"]
+Windows = Literal["even", "growing"]
 
 MAX_ORDER = 8
 MAX_HISTORY = 64
@@ -32,7 +33,7 @@ class TAPConfig:
     Args:
         speedup: steps for each full one, where neither ``full_steps`` nor ``interval`` is given. At least 6 steps
             are full, or all where there are fewer.
-        full_steps: how many steps of a trajectory are full, evenly spaced on the ``clock``; or exactly which, counted
+        full_steps: how many steps of a trajectory are full, spaced as ``windows`` says; or exactly which, counted
             from its start, the first among them.
         interval: the paper's N: after the ``warmup`` one step in this many is full; 1: every step.
         warmup: full steps at the start of each trajectory, with ``interval``.
@@ -42,6 +43,9 @@ class TAPConfig:
         clock: time in which predictors extrapolate, and on which full steps are evenly spaced: the ``step``, as in
             the paper, or what the scheduler's ``noise`` says about the pace at which features change
             (:attr:`Timeline.clock <tap_diffusion.timeline.Timeline.clock>`); the step where it says nothing.
+        windows: between full steps that are not given one by one: ``even`` on the ``clock``, or ``growing``, dense at
+            the start (:func:`~tap_diffusion.schedule.growing_steps`). None: growing for models of videos, where the
+            first steps decide what moves where, and even for all others.
         hindsight: share of the error of the predicted steps that the next full step makes up for
             (:meth:`Timeline.hindsight <tap_diffusion.timeline.Timeline.hindsight>`): 1 all, 0 nothing, as in the
             paper. It costs another predicted step at each full step, and needs to know the scheduler.
@@ -76,6 +80,7 @@ class TAPConfig:
     warmup: int = 3
     steps: int | None = None
     clock: Clock = "noise"
+    windows: Windows | None = None
     hindsight: float = 1.0
     family: str = "newton"
     orders: tuple[int, ...] = (1, 2)
@@ -109,6 +114,7 @@ class TAPConfig:
         self._require("warmup", _is_int(self.warmup) and self.warmup >= 1, "an integer of at least 1")
         self._require("steps", self.steps is None or (_is_int(self.steps) and self.steps >= 1), "None or at least 1")
         self._require("clock", self.clock in get_args(Clock), _one_of(get_args(Clock)))
+        self._require("windows", self.windows in (None, *get_args(Windows)), f"None or {_one_of(get_args(Windows))}")
         self._require("hindsight", _is_number(self.hindsight) and 0 <= self.hindsight <= 2, "a number from 0 to 2")
         self._require("family", self.family in FAMILIES, _one_of(FAMILIES))
         self._require(

@@ -49,8 +49,15 @@ def plan(config: TAPConfig, steps: int | None, timeline: Timeline | None) -> Cal
         return lambda step: is_full_step(step, interval, config.warmup)
     assert steps is not None
     count = config.full_steps or max(min(FEWEST, steps), round(steps / config.speedup))
-    full = frozenset(clock_steps(clock(config, steps, timeline), count))
+    full = frozenset(spaced_steps(config, steps, count, timeline))
     return lambda step: step in full or step >= steps  # none is predicted that was not planned
+
+
+def spaced_steps(config: TAPConfig, steps: int, count: int, timeline: Timeline | None) -> tuple[int, ...]:
+    """``count`` full steps of a trajectory, with ``windows`` on the ``clock`` of a configuration between them."""
+    if config.windows == "growing":
+        return growing_steps(steps, count)
+    return clock_steps(clock(config, steps, timeline), count)
 
 
 def clock(config: TAPConfig, steps: int, timeline: Timeline | None) -> Sequence[float]:
@@ -98,7 +105,7 @@ def even_steps(steps: int, count: int, warmup: int = 1) -> tuple[int, ...]:
     return (*range(warmup), *later)
 
 
-def growing_steps(steps: int, window: float = 2.0, growth: float = 0.75, warmup: int = 5) -> list[int]:
+def spectrum_steps(steps: int, window: float = 2.0, growth: float = 0.75, warmup: int = 5) -> list[int]:
     """Indices of the full steps by Spectrum's schedule, whose windows grow (arXiv 2603.01623, appendix B.1).
 
     After the warm-up the i-th next full step comes ⌊window + i·growth⌋ steps after the last, i = 0, 1, … With the
@@ -125,6 +132,28 @@ def growing_steps(steps: int, window: float = 2.0, growth: float = 0.75, warmup:
     return full
 
 
+def growing_steps(steps: int, count: int) -> tuple[int, ...]:
+    """``count`` full steps in windows that grow by as much each, the first of one step, the last half over at the end.
+
+    After Spectrum, whose windows grow too (:func:`spectrum_steps`), but for any count, and without its warm-up: full
+    step i comes at i + g i (i - 1) / 2, rounded, with the growth g that puts number ``count`` - ½ at the end. Of 50
+    steps 10 full ones are 0, 1, 3, 6, 10, 15, 21, 28, 36 and 45.
+
+    Args:
+        steps: of the trajectory.
+        count: full steps wanted; all steps are full where there are no more.
+
+    Raises:
+        ValueError: ``count`` is less than 1.
+    """
+    _require_any(count)
+    if count >= steps:
+        return tuple(range(steps))
+    end = count - 0.5
+    growth = 2 * (steps - end) / (end * (end - 1)) if count > 1 else 0.0
+    return tuple(round(i + growth * i * (i - 1) / 2) for i in range(count))
+
+
 def clock_steps(clock: Sequence[float], count: int) -> tuple[int, ...]:
     """``count`` full steps, evenly spaced on a clock from the first step to the last but one.
 
@@ -135,8 +164,7 @@ def clock_steps(clock: Sequence[float], count: int) -> tuple[int, ...]:
     Raises:
         ValueError: ``count`` is less than 1.
     """
-    if count < 1:
-        raise ValueError(f"{count} full steps can't be had; at least the first step is full")
+    _require_any(count)
     last = len(clock) - 2
     if count > last:
         return tuple(range(min(count, len(clock))))
@@ -146,3 +174,8 @@ def clock_steps(clock: Sequence[float], count: int) -> tuple[int, ...]:
         possible = range(full[-1] + 1, last - (count - 1 - i) + 1)
         full.append(min(possible, key=lambda step: abs(clock[step] - wanted)))
     return tuple(full)
+
+
+def _require_any(count: int) -> None:
+    if count < 1:
+        raise ValueError(f"{count} full steps can't be had; at least the first step is full")

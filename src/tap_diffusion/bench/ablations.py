@@ -33,11 +33,9 @@ from tap_diffusion.bench.ablation_page import write_page
 from tap_diffusion.bench.bench import Bench, Suite, write_json
 from tap_diffusion.bench.calibration import run
 from tap_diffusion.bench.methods import Method, Setting, Variant, on_engine
-from tap_diffusion.bench.methods.spectrum import growing
 from tap_diffusion.bench.models import MODELS, BenchModel
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.engine import Engine
-from tap_diffusion.errors import UsageError
 from tap_diffusion.files import write_whole
 from tap_diffusion.predictors import Candidate
 from tap_diffusion.schedule import even_steps, paper_steps
@@ -185,7 +183,8 @@ def beyond() -> Iterator[Ablation]:
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         label = f"{share:.0%} step, {1 - share:.0%} noise"
         yield Ablation("clock", label, _plain if share == 0.5 else _mixed(share=share))
-    yield Ablation("schedule", "even on the clock", _plain)
+    yield _configured("schedule", "even on the clock", windows="even")
+    yield _configured("schedule", "growing", windows="growing")
     for label, steps in _SCHEDULES.items():
         yield Ablation("schedule", label, _scheduled(steps))
     for gain in (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0):
@@ -207,19 +206,10 @@ def beyond() -> Iterator[Ablation]:
         yield _configured("sketch", "all channels" if stride == 1 else f"1 in {stride}", sketch=stride)
 
 
-def _growing(steps: int, count: int) -> tuple[int, ...]:
-    """Spectrum's windows after two full steps. Raises UsageError where no growth gives that many."""
-    found = growing(steps, count).get("growing windows after 2")
-    if found is None:
-        raise UsageError(f"no windows that grow have {count} of {steps} steps full; choose another budget")
-    return found
-
-
 _SCHEDULES: dict[str, Callable[[int, int], tuple[int, ...]]] = {
     "paper": paper_steps,
     "even": even_steps,
     "even after 2": lambda steps, count: even_steps(steps, count, warmup=2),
-    "growing windows after 2": _growing,
 }
 
 

@@ -82,11 +82,11 @@ class Loops:
         """The plain loop and TAP's after the model's repeated blocks have been compiled."""
         transformer: Any = self.subject.pipe.transformer
         transformer.compile_repeated_blocks(backend=backend)
-        tap = on_engine("even on the clock", TAPConfig(full_steps=self.full_steps))
+        tap = on_engine("TAP's", TAPConfig(full_steps=self.full_steps))
         return self._compared({"plain": None, "tap": tap}, counting=False)
 
     def _offload(self, setting: Setting) -> Iterator[Variant]:
-        yield on_engine("even on the clock", TAPConfig(full_steps=setting.budget, offload="cpu"))
+        yield on_engine("TAP's", TAPConfig(full_steps=setting.budget, offload="cpu"))
 
     def _compared(self, variants: dict[str, Variant | None], counting: bool = True) -> dict[str, Any]:
         rows: dict[str, dict[str, Any]] = {}

@@ -1,7 +1,8 @@
 """Planning which steps are full, for one model, number of steps and budget: a search on the final error.
 
 As BudCache does, and unlike DPCache, which adds up open-loop errors of the steps, the search looks at what a schedule
-does to the picture: errors compound and cancel along a trajectory. It starts from the recommended schedule.
+does to the picture: errors compound and cancel along a trajectory. It starts from the best of
+the schedules on which the bench tries every method, the recommended one among them.
 """
 
 from __future__ import annotations
@@ -19,28 +20,29 @@ from tap_diffusion.bench import metrics
 from tap_diffusion.bench.bench import write_json
 from tap_diffusion.bench.calibration import Calibration, run_all
 from tap_diffusion.bench.counting import Counts
-from tap_diffusion.bench.methods import on_engine
+from tap_diffusion.bench.methods import Setting, on_engine, on_pipeline, schedules
 from tap_diffusion.bench.models import BenchModel
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.errors import UsageError
-from tap_diffusion.schedule import clock_steps
+from tap_diffusion.schedule import spaced_steps
 
 RADII = (3, 1)  # steps by which a full step is moved
 EVALUATIONS = 60  # schedules tried for each budget
 
 
 def search(
-    quality: Callable[[tuple[int, ...]], float], start: Sequence[int], steps: int, evaluations: int
+    quality: Callable[[tuple[int, ...]], float], starts: Sequence[Sequence[int]], steps: int, evaluations: int
 ) -> tuple[int, ...]:
-    """Coordinate ascent over full steps: move one at a time, keep what is better, until nothing is.
+    """Coordinate ascent from the best start: move one full step at a time, keep what is better, until nothing is.
 
     Args:
         quality: of a schedule; the larger, the better. Is asked once for each.
-        start: full steps to start from, the first of which stays.
+        starts: full steps to start from, the first of which stays.
         steps: of the trajectory.
-        evaluations: schedules to ask about, at most, the start included.
+        evaluations: schedules to ask about, at most; the starts are included, and all asked about.
     """
-    best, tried = tuple(start), {tuple(start): quality(tuple(start))}
+    tried = {full: quality(full) for full in dict.fromkeys(map(tuple, starts))}
+    best = max(tried, key=tried.__getitem__)
     for radius in RADII:
         improved = True
         while improved:
@@ -99,8 +101,6 @@ class Tuning:
         pipe.set_progress_bar_config(disable=True)
         tuned_on = replace(self.model, calibration=self.model.calibration[: self.samples])
         calibration = Calibration(pipe, tuned_on, self.steps)
-        timeline = calibration.timeline
-        clock = range(self.steps) if timeline is None else timeline.clock
         conditions = list(self.model.measured[: self.verified])
 
         def pictures(config: TAPConfig | None) -> Any:
@@ -110,8 +110,10 @@ class Tuning:
         rows = []
         full = None
         for budget in self.budgets:
-            start = clock_steps(clock, budget)
-            found = self._search(calibration, budget, start)
+            setting = Setting(pipe, self.steps, budget, calibration)
+            config = on_pipeline(pipe, TAPConfig(full_steps=budget))
+            start = spaced_steps(config, self.steps, budget, calibration.timeline)
+            found = self._search(setting, start)
             row: dict[str, Any] = {"budget": budget, "recommended": list(start), "planned": list(found), "gain_db": 0.0}
             if found != start:
                 full = pictures(None) if full is None else full
@@ -128,21 +130,21 @@ class Tuning:
     def _preset(self, full_steps: tuple[int, ...]) -> TAPConfig:
         return TAPConfig(full_steps=full_steps, steps=self.steps)
 
-    def _search(self, calibration: Calibration, budget: int, start: tuple[int, ...]) -> tuple[int, ...]:
-        file = self.out / f"tried-{budget}.json"
+    def _search(self, setting: Setting, recommended: tuple[int, ...]) -> tuple[int, ...]:
+        file = self.out / f"tried-{setting.budget}.json"
         tried: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        with tqdm(total=self.evaluations, desc=f"{budget} full steps", unit="schedule") as progress:
+        with tqdm(total=self.evaluations, desc=f"{setting.budget} full steps", unit="schedule") as progress:
 
             def quality(full_steps: tuple[int, ...]) -> float:
                 key = ",".join(map(str, full_steps))
                 if key not in tried:
-                    tried[key] = calibration.quality(on_engine("", self._preset(full_steps)))[0]
+                    tried[key] = setting.calibration.quality(on_engine("", self._preset(full_steps)))[0]
                     write_json(file, tried)
                 progress.update()
                 progress.set_postfix(best=f"{max(tried.values()):.2f} dB")
                 return tried[key]
 
-            return search(quality, start, self.steps, self.evaluations)
+            return search(quality, [recommended, *schedules(setting).values()], self.steps, self.evaluations)
 
 
 def _shared() -> dict[str, Any]:

@@ -14,6 +14,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -42,12 +43,12 @@ _DOUBLE_SINGLE = TransformerSpec(
 )  # fmt: skip
 SPECS: dict[str, TransformerSpec] = {
     "Flux": _DOUBLE_SINGLE,
-    "HunyuanVideo": _DOUBLE_SINGLE,
+    "HunyuanVideo": replace(_DOUBLE_SINGLE, video=True),
     "QwenImageTransformer2DModel": TransformerSpec(
         ("transformer_blocks",), (Stream("hidden_states", "norm_out"),),
         outputs=("encoder_hidden_states", "hidden_states"), attention="attn",
     ),
-    "WanModel": TransformerSpec(("blocks",), (Stream("x", "head"),), attention="self_attn"),
+    "WanModel": TransformerSpec(("blocks",), (Stream("x", "head"),), attention="self_attn", video=True),
     "OpenAISignatureMMDITWrapper": TransformerSpec(  # SD3
         ("joint_blocks",), (Stream("x", "final_layer"),), arguments=("context", "x"), outputs=("context", "x"),
         attention="x_block.attn.qkv",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class TransformerSpec:
         rising: it rises along a trajectory.
         conditioning: argument of the transformer that tells one trajectory's branch from another's.
         full_only: arguments of the transformer that predicted steps go without, since its blocks have to use them up.
+        video: it makes videos, for which another schedule is the default.
         note: for users, in the table of models.
     """
 
@@ -59,6 +61,7 @@ class TransformerSpec:
     rising: bool = False
     conditioning: str = "encoder_hidden_states"
     full_only: tuple[str, ...] = ()
+    video: bool = False
     note: str = ""
 
     @property
@@ -67,6 +70,7 @@ class TransformerSpec:
         return any(stream.head is None for stream in self.streams)
 
 
+_video = partial(TransformerSpec, video=True)
 _TEXT_FIRST = ("encoder_hidden_states", "hidden_states")
 _TEXT_LAST = ("hidden_states", "encoder_hidden_states")
 _DUAL_SINGLE = ("transformer_blocks", "single_transformer_blocks")
@@ -79,63 +83,63 @@ SPECS: dict[str, TransformerSpec] = {
     "QwenImageTransformer2DModel": TransformerSpec(
         ("transformer_blocks",), _TO_NORM_OUT, outputs=_TEXT_FIRST
     ),
-    "HunyuanVideoTransformer3DModel": TransformerSpec(
+    "HunyuanVideoTransformer3DModel": _video(
         _DUAL_SINGLE, _TO_NORM_OUT, outputs=_TEXT_LAST, modulated_norm="norm1"
     ),
     "SD3Transformer2DModel": TransformerSpec(
         ("transformer_blocks",), _TO_NORM_OUT, outputs=_TEXT_FIRST, modulated_norm="norm1"
     ),
-    "WanTransformer3DModel": TransformerSpec(("blocks",)),
+    "WanTransformer3DModel": _video(("blocks",)),
     # Video
-    "WanVACETransformer3DModel": TransformerSpec(
+    "WanVACETransformer3DModel": _video(
         ("blocks",), _TO_NORM_OUT, bypassed={"vace_blocks": ("control_hidden_states", "control_hidden_states")}
     ),
-    "WanAnimateTransformer3DModel": TransformerSpec(
+    "WanAnimateTransformer3DModel": _video(
         ("blocks",), _TO_NORM_OUT, bypassed={"face_adapter": ("hidden_states",)}
     ),
-    "LTXVideoTransformer3DModel": TransformerSpec(("transformer_blocks",)),
-    "LTX2VideoTransformer3DModel": TransformerSpec(
+    "LTXVideoTransformer3DModel": _video(("transformer_blocks",)),
+    "LTX2VideoTransformer3DModel": _video(
         ("transformer_blocks",), (Stream(), Stream("audio_hidden_states")),
         outputs=("hidden_states", "audio_hidden_states"), probe=False,
     ),
-    "CogVideoXTransformer3DModel": TransformerSpec(("transformer_blocks",), outputs=_TEXT_LAST),
-    "SkyReelsV2Transformer3DModel": TransformerSpec(
+    "CogVideoXTransformer3DModel": _video(("transformer_blocks",), outputs=_TEXT_LAST),
+    "SkyReelsV2Transformer3DModel": _video(
         ("blocks",), note="With `ar_step`, steps are predicted only after the last frames have begun."
     ),
-    "ChronoEditTransformer3DModel": TransformerSpec(("blocks",)),
-    "MochiTransformer3DModel": TransformerSpec(
+    "ChronoEditTransformer3DModel": _video(("blocks",)),
+    "MochiTransformer3DModel": _video(
         ("transformer_blocks",), outputs=_TEXT_LAST, modulated_norm="norm1", rising=True
     ),
-    "CosmosTransformer3DModel": TransformerSpec(("transformer_blocks",)),
-    "AllegroTransformer3DModel": TransformerSpec(("transformer_blocks",)),
-    "LatteTransformer3DModel": TransformerSpec(
+    "CosmosTransformer3DModel": _video(("transformer_blocks",)),
+    "AllegroTransformer3DModel": _video(("transformer_blocks",)),
+    "LatteTransformer3DModel": _video(
         ("transformer_blocks",), _TO_NORM_OUT, bypassed={"temporal_transformer_blocks": ("hidden_states",)}
     ),
-    "EasyAnimateTransformer3DModel": TransformerSpec(("transformer_blocks",), outputs=_TEXT_LAST),
-    "ConsisIDTransformer3DModel": TransformerSpec(
+    "EasyAnimateTransformer3DModel": _video(("transformer_blocks",), outputs=_TEXT_LAST),
+    "ConsisIDTransformer3DModel": _video(
         ("transformer_blocks",), (Stream(head="norm_final", behind_text=True),), outputs=_TEXT_LAST
     ),
-    "HeliosTransformer3DModel": TransformerSpec(("blocks",)),
-    "AnyFlowTransformer3DModel": TransformerSpec(("blocks",)),
-    "Cosmos3OmniTransformer": TransformerSpec(
+    "HeliosTransformer3DModel": _video(("blocks",)),
+    "AnyFlowTransformer3DModel": _video(("blocks",)),
+    "Cosmos3OmniTransformer": _video(
         ("layers",), (Stream("gen_seq", head="norm_moe_gen"),), outputs=("und_seq", "gen_seq"),
         modulated_norm="input_layernorm_moe_gen", timestep="vision_timesteps", conditioning="input_ids",
     ),
     # Audio, and image and video models that stand apart. Some reorder or cut the stream in front of the head, or add
     # to it there what entered the first block (LongCat): for those, and wherever nothing is added, the last block.
-    "Kandinsky5Transformer3DModel": TransformerSpec(("visual_transformer_blocks",), (Stream("visual_embed"),)),
+    "Kandinsky5Transformer3DModel": _video(("visual_transformer_blocks",), (Stream("visual_embed"),)),
     "Kandinsky6SRTransformer3DModel": TransformerSpec(("visual_transformer_blocks",)),
-    "Kandinsky6Transformer3DModel": TransformerSpec(
+    "Kandinsky6Transformer3DModel": _video(
         ("visual_transformer_blocks",), (Stream("vis", "out_layer"), Stream("aud", "audio_out_layer")),
         outputs=("vis", "aud"), probe=False,
     ),
-    "SanaVideoTransformer3DModel": TransformerSpec(("transformer_blocks",), _TO_NORM_OUT),
-    "SanaWMTransformer3DModel": TransformerSpec(("blocks",), (Stream("x"),)),
+    "SanaVideoTransformer3DModel": _video(("transformer_blocks",), _TO_NORM_OUT),
+    "SanaWMTransformer3DModel": _video(("blocks",), (Stream("x"),)),
     "StableAudioDiTModel": TransformerSpec(("transformer_blocks",)),
     "StableAudio3DiTModel": TransformerSpec(("transformer_blocks",)),
     "AceStepTransformer1DModel": TransformerSpec(("layers",)),
     "LongCatAudioDiTTransformer": TransformerSpec(("blocks",)),
-    "MiniMaxH3Transformer3DModel": TransformerSpec(("transformer_blocks",), rising=True),
+    "MiniMaxH3Transformer3DModel": _video(("transformer_blocks",), rising=True),
     "MiniMaxMusic3Transformer1DModel": TransformerSpec(("transformer_blocks",), rising=True),
     # joint attention of two streams
     **dict.fromkeys(
@@ -145,10 +149,10 @@ SPECS: dict[str, TransformerSpec] = {
         ),
         TransformerSpec(_DUAL_SINGLE, _TO_NORM_OUT, outputs=_TEXT_FIRST, modulated_norm="norm1"),
     ),
-    **dict.fromkeys(
-        ("HunyuanImageTransformer2DModel", "MotifVideoTransformer3DModel"),
-        TransformerSpec(_DUAL_SINGLE, _TO_NORM_OUT, outputs=_TEXT_LAST, modulated_norm="norm1"),
+    "HunyuanImageTransformer2DModel": TransformerSpec(
+        _DUAL_SINGLE, _TO_NORM_OUT, outputs=_TEXT_LAST, modulated_norm="norm1"
     ),
+    "MotifVideoTransformer3DModel": _video(_DUAL_SINGLE, _TO_NORM_OUT, outputs=_TEXT_LAST, modulated_norm="norm1"),
     "AuraFlowTransformer2DModel": TransformerSpec(
         ("joint_transformer_blocks", "single_transformer_blocks"), _TO_NORM_OUT, outputs=_TEXT_FIRST,
         modulated_norm="norm1",
@@ -163,11 +167,11 @@ SPECS: dict[str, TransformerSpec] = {
         ("double_stream_blocks", "single_stream_blocks"), (Stream(head="final_layer"),), outputs=_TEXT_LAST,
         timestep="timesteps", conditioning="encoder_hidden_states_t5",
     ),
-    "HunyuanVideo15Transformer3DModel": TransformerSpec(
+    "HunyuanVideo15Transformer3DModel": _video(
         ("transformer_blocks",), _TO_NORM_OUT, outputs=_TEXT_LAST, modulated_norm="norm1"
     ),
     # No head: only the tokens of the new frames go there, without those of the history.
-    "HunyuanVideoFramepackTransformer3DModel": TransformerSpec(
+    "HunyuanVideoFramepackTransformer3DModel": _video(
         _DUAL_SINGLE, outputs=_TEXT_LAST, modulated_norm="norm1"
     ),
     "NucleusMoEImageTransformer2DModel": TransformerSpec(("transformer_blocks",), _TO_NORM_OUT),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -37,6 +38,8 @@ class Passes:
 
     def __init__(self, config: TAPConfig, spec: TransformerSpec, ranks: Ranks | None = None) -> None:
         self.spec = spec
+        if config.windows is None:
+            config = replace(config, windows="growing" if spec.video else "even")
         self.engine = Engine(config, ranks)
 
     @uncompiled_itself

@@ -21,7 +21,7 @@ from tap_diffusion.config import TAPConfig
 from tap_diffusion.engine import Engine
 from tap_diffusion.errors import UsageError
 from tap_diffusion.integrations.api import enabled, hooks, transformers
-from tap_diffusion.schedule import clock_steps, even_steps, paper_steps
+from tap_diffusion.schedule import clock_steps, even_steps, growing_steps, paper_steps
 
 if TYPE_CHECKING:
     from tap_diffusion.bench.calibration import Calibration
@@ -82,7 +82,7 @@ class Method:
 
 
 def schedules(setting: Setting) -> dict[str, tuple[int, ...]]:
-    """The schedules on which every method that has none of its own is tried: the paper's, even ones, and TAP's."""
+    """The schedules on which every method that has none of its own is tried: the paper's, even ones, and TAP's two."""
     steps, budget, timeline = setting.steps, setting.budget, setting.calibration.timeline
     found = {}
     if budget >= 3:
@@ -92,6 +92,7 @@ def schedules(setting: Setting) -> dict[str, tuple[int, ...]]:
         found["even after 2"] = even_steps(steps, budget, warmup=2)
     if timeline is not None:
         found["even on the clock"] = clock_steps(timeline.clock, budget)
+    found["growing"] = growing_steps(steps, budget)
     return found
 
 
@@ -112,10 +113,16 @@ def on_engine(schedule: str, config: TAPConfig, engine: Callable[[TAPConfig], En
     def applied(pipe: Any) -> Iterator[None]:
         with enabled(pipe, config):
             for hook in hooks(pipe):
-                hook.engine = engine(config)
+                hook.engine = engine(hook.engine.config)
             yield
 
     return Variant(schedule, applied, config.to_dict())
+
+
+def on_pipeline(pipe: Any, config: TAPConfig) -> TAPConfig:
+    """What becomes of a configuration on a pipeline, whose kind of model decides what was left to it."""
+    with enabled(pipe, config):
+        return hooks(pipe)[0].engine.config
 
 
 @contextmanager

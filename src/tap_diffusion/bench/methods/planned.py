@@ -8,24 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from tap_diffusion.bench.methods import Kind, Method, Setting, Variant, on_engine
+from tap_diffusion.bench.methods import Kind, Method, Setting, Variant, on_engine, schedules
 from tap_diffusion.bench.tune import EVALUATIONS, search
 from tap_diffusion.config import TAPConfig
-from tap_diffusion.schedule import clock_steps, even_steps
 
 
 def _planned(name: str, kind: Kind, source: str, configs: dict[str, Callable[..., TAPConfig]]) -> Method:
     def variants(setting: Setting) -> Iterator[Variant]:
-        calibration, steps = setting.calibration, setting.steps
-        timeline = calibration.timeline
-        start = even_steps(steps, setting.budget) if timeline is None else clock_steps(timeline.clock, setting.budget)
+        calibration, starts = setting.calibration, list(schedules(setting).values())
         for label, config in configs.items():
 
             def plan(label: str = label, config: Callable[..., TAPConfig] = config) -> tuple[int, ...]:
                 def quality(full_steps: tuple[int, ...]) -> float:
                     return calibration.quality(on_engine(label, config(full_steps=full_steps)))[0]
 
-                return search(quality, start, steps, EVALUATIONS)
+                return search(quality, starts, setting.steps, EVALUATIONS)
 
             full = calibration.fitted("-".join([name, *label.split(), str(setting.budget)]), plan)
             yield on_engine(label, config(full_steps=tuple(full)))

@@ -10,7 +10,7 @@ from torch import Tensor
 from tap_diffusion.bench.methods import Method, Setting, Variant, on_engine, schedules
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.engine import Engine
-from tap_diffusion.schedule import growing_steps
+from tap_diffusion.schedule import spectrum_steps
 from tap_diffusion.tracking import Call
 
 DEGREE = 4  # of the series, as published
@@ -37,7 +37,7 @@ def growing(steps: int, budget: int) -> dict[str, tuple[int, ...]]:
     found = {}
     for warmup in (5, 2):
         for hundredths in range(0, 100 * steps, 5):
-            full = growing_steps(steps, growth=hundredths / 100, warmup=warmup)
+            full = spectrum_steps(steps, growth=hundredths / 100, warmup=warmup)
             if len(full) == budget:
                 found[f"growing windows after {warmup}"] = tuple(full)
                 break
