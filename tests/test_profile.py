@@ -23,6 +23,7 @@ from tap_diffusion import TAPConfig
 from tap_diffusion.bench import gpu
 from tap_diffusion.bench.profile import profile, scaling
 from tap_diffusion.bench.profile.floor import Rates, Work, count, floor, measured_rates
+from tap_diffusion.bench.profile.loops import METHODS, Loops
 from tap_diffusion.bench.profile.sizes import SIZES, Grid, build, skeleton
 from tap_diffusion.bench.profile.subjects import Subject, of_model, of_size
 from tap_diffusion.bench.profile.timing import measure
@@ -356,7 +357,11 @@ def test_scaling_and_processor_time(tmp_path: Path) -> None:
         (["--size", "flux2"], r"unknown size 'flux2': give one of flux, qwen-image, .*, tiny"),
         ([], "give a --size or a --model, and not both"),
         (["--size", "tiny", "--model", "emoji"], "give a --size or a --model, and not both"),
-        (["--model", "emoji", "--blocks", "2"], "--blocks, --resolution, --frames and --scaling go with --size"),
+        (
+            ["--model", "emoji", "--blocks", "2"],
+            "--blocks, --resolution, --frames, --scaling and --peers go with --size",
+        ),
+        (["--size", "tiny", "--scaling", "--peers"], "give --scaling or --peers, and not both"),
         (["--size", "tiny", "--resolution", "100"], "100x100 can't be done by tiny: .* multiples of 16"),
         (["--size", "tiny", "--resolution", "big"], "resolution 'big' is not like 1024 or 480x832"),
         (["--size", "dit-xl", "--resolution", "256x512"], "256x512 can't be done by dit-xl, which makes squares"),
@@ -394,24 +399,40 @@ def test_memory_that_runs_out_later(error: Exception, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
+def test_peers_beside_tap(tmp_path: Path) -> None:
+    shape = ["--steps", "12", "--full-steps", "4", "--repeats", "1"]
+    result = command("--size", "tiny", *shape, "--processor-time", "--peers", "--out", tmp_path)
+    assert result.exit_code == 0
+    found = json.loads((tmp_path / "peers.json").read_text())
+    assert found["limit"] == 3
+    assert found["processor_time"]
+    loops = found["loops"]
+    assert loops.keys() == {"plain", *METHODS}
+    assert loops["plain"]["full_steps"] == 12
+    assert {loops[name]["full_steps"] for name in METHODS if name != "diffusers-first-block"} == {4}
+    assert loops["plain"]["speedup"] == 1
+    assert all(f"{row['speedup']:.2f}x" in result.stdout for row in loops.values())
+
+
+@pytest.mark.slow
 def test_gpu_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "gpu.json"
     arguments = ["--smoke", "--steps", "12", "--full-steps", "4", "--repeats", "1", "--out", str(file)]
-    broken = gpu.Loops.compiled
-    monkeypatch.setattr(gpu.Loops, "compiled", lambda *_: 1 / 0)
+    broken = Loops.compiled
+    monkeypatch.setattr(Loops, "compiled", lambda *_: 1 / 0)
     with pytest.raises(SystemExit, match="failed: tiny: compiled"):
         gpu.main(arguments)
     first = json.loads(file.read_text())
     assert first["tiny: compiled"] == {"error": "ZeroDivisionError: division by zero"}
     loops = first["tiny: loops"]
-    assert loops.keys() == {"plain", *gpu.METHODS}
+    assert loops.keys() == {"plain", *METHODS}
     assert loops["plain"]["full_steps"] == 12
-    assert {loops[name]["full_steps"] for name in gpu.METHODS if name != "diffusers-first-block"} == {4}
+    assert {loops[name]["full_steps"] for name in METHODS if name != "diffusers-first-block"} == {4}
     assert loops["diffusers-first-block"]["full_steps"] < 12  # as near as a threshold gets
     assert all(row["seconds"] > 0 for row in loops.values())
     assert first["tiny: profile"]["full_steps"] == 4
 
-    monkeypatch.setattr(gpu.Loops, "compiled", broken)
+    monkeypatch.setattr(Loops, "compiled", broken)
     gpu.main(arguments)  # goes on where it was
     second = json.loads(file.read_text())
     assert second["tiny: loops"] == loops

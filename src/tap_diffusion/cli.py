@@ -460,6 +460,9 @@ def profile(
     scaling: Annotated[
         bool, _option("How", "--scaling", help="How time and cache grow with tokens and depth, instead.")
     ] = False,
+    peers: Annotated[
+        bool, _option("How", "--peers", help="Whole loops beside those of other packages' caches, instead.")
+    ] = False,
     out: Annotated[Path, _option("Output", "--out", "-o", help="Folder for JSON and picture.")] = Path("profile"),
 ) -> None:
     """Measure what a predicted step costs, part by part, beside the least that it could.
@@ -469,8 +472,12 @@ def profile(
     try:
         if (size is None) == (model is None):
             raise UsageError("give a --size or a --model, and not both")
-        if model is not None and (blocks or resolution or frames or scaling):
-            raise UsageError("--blocks, --resolution, --frames and --scaling go with --size; a model has its own shape")
+        if model is not None and (blocks or resolution or frames or scaling or peers):
+            raise UsageError(
+                "--blocks, --resolution, --frames, --scaling and --peers go with --size; a model has its own shape"
+            )
+        if scaling and peers:
+            raise UsageError("give --scaling or --peers, and not both")
         if full_steps >= steps:
             raise UsageError(f"{full_steps} full steps leave none of {steps} to predict")
         height, width = _sides(resolution)
@@ -499,11 +506,14 @@ def profile(
                 else:
                     subject = of_model(str(model), weights, placed, batch)
                 subject = replace(subject, processor_time=processor_time)
-                reports.write_profile(out, subject, config, steps, repeats, show=console.print)
+                if peers:
+                    reports.write_loops(out, subject, steps, full_steps, repeats, show=console.print)
+                else:
+                    reports.write_profile(out, subject, config, steps, repeats, show=console.print)
     except (ConfigError, UnsupportedModelError, UsageError) as error:
         raise _failed(error) from None
-    name = "scaling" if scaling else "profile"
-    console.print(f"{name}.json, {name}.png in {out}", highlight=False)
+    written = "peers.json" if peers else "{0}.json, {0}.png".format("scaling" if scaling else "profile")
+    console.print(f"{written} in {out}", highlight=False)
 
 
 def _sides(resolution: str | None) -> tuple[int | None, int | None]:

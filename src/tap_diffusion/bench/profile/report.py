@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from tap_diffusion.bench.bench import write_json
-from tap_diffusion.bench.profile import profile, scaling
+from tap_diffusion.bench.profile import machine, profile, scaling
+from tap_diffusion.bench.profile.loops import Loops
 from tap_diffusion.bench.profile.subjects import Subject
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.errors import UsageError
@@ -102,6 +103,28 @@ def write_scaling(out: Path, *args: Any, show: Callable[[Any], None], **kwargs: 
     show(table)
     write_json(out / "scaling.json", points)
     scaling_picture(points, out / "scaling.png")
+
+
+def write_loops(
+    out: Path, subject: Subject, steps: int, full_steps: int, repeats: int, show: Callable[[Any], None]
+) -> None:
+    """Run :class:`Loops`; write ``peers.json`` to a folder, and show a table."""
+    rows = Loops(subject, steps, full_steps, repeats).methods()
+    about = {"name": subject.name, "steps": steps, "full_steps": full_steps, "limit": steps / full_steps}
+    write_json(
+        out / "peers.json",
+        about | {"processor_time": subject.processor_time, "machine": machine(subject.device), "loops": rows},
+    )
+    title = f"{steps} steps of {subject.name}, {full_steps} full: at most {steps / full_steps:.2f}x"
+    table = Table("method", "full steps", "s", "speed-up", title=title, title_justify="left")
+    for name, row in rows.items():
+        if row is None:
+            table.add_row(name, "", "", "does not take this model")
+        elif "error" in row:
+            table.add_row(name, "", "", row["error"])
+        else:
+            table.add_row(name, str(row["full_steps"]), f"{row['seconds']:.2f}", f"{row['speedup']:.2f}x")
+    show(table)
 
 
 def _floor_table(known: dict[str, Any]) -> Table:
