@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -378,6 +379,16 @@ def test_a_run_that_is_taken_up_again_gives_the_same(tmp_path: Path, monkeypatch
         if line.startswith("!["):
             assert (tmp_path / line.partition("(")[2].rstrip(")")).read_text().startswith("<?xml")
     assert not any(math.isnan(v) for v in json.loads(texts[0])["fidelity"][0]["rank_correlation"])
+
+    # A model that was not run at all budgets is left out of the plots of others.
+    fewer = json.loads(texts[1])
+    for part in ("cells", "fidelity"):
+        fewer[part] = [entry for entry in fewer[part] if entry["budget"] == 5]
+    (tmp_path / "b" / "results.json").write_text(json.dumps(fewer))
+    write_page([tmp_path / "a", tmp_path / "b"], tmp_path / "page.md")
+    for budget, models in ((5, 2), (4, 1)):
+        plot = (tmp_path / f"page-fidelity-{budget}.svg").read_text()
+        assert len(re.findall(r">tiny<", plot)) == models
 
 
 @pytest.mark.slow

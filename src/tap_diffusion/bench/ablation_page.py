@@ -70,7 +70,8 @@ def write_page(folders: Sequence[Path], page: Path) -> None:
     if all(results["fidelity"] for results in runs):
         parts += ["## Fidelity", _FIDELITY]
         for budget in _budgets(runs):
-            parts.append(_embedded(_fidelity_plot(runs, budget), page, f"fidelity {budget}"))
+            measured = [results for results in runs if budget in _budgets([results])]
+            parts.append(_embedded(_fidelity_plot(measured, budget), page, f"fidelity {budget}"))
         parts.append(_fidelity_table(runs))
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
