@@ -18,7 +18,7 @@ from tap_diffusion.schedule import (
     paper_steps,
     plan,
     spectrum_steps,
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize(("interval", "count"), [(4, 14), (6, 10), (8, 8)])
@@ -137,9 +137,8 @@ def test_growing_windows_lie_on_a_parabola_whose_last_window_is_cut_in_half(data
     assert full[-1] < steps
     assert all(a < b for a, b in pairwise(full))
     end = count - 0.5
-    bend, slope = np.linalg.solve(
-        np.array([[1, 1], [end**2, end]]), np.array([1, steps])
-    )  # through (0, 0), (1, 1) and (end, steps)
+    # Through (0, 0), (1, 1) and (end, steps).
+    bend, slope = np.linalg.solve(np.array([[1, 1], [end**2, end]]), np.array([1, steps]))
     assert all(abs(bend * i**2 + slope * i - step) <= 0.5 + 1e-9 for i, step in enumerate(full))
 
 

@@ -649,7 +649,7 @@ def _config(file: Path | None, paper: bool, **options: Any) -> TAPConfig:
     others = dict.fromkeys(("full_steps", "interval")) if schedules else {}
     config = TAPConfig.from_dict(base.to_dict() | others | given)
     if "warmup" in given and config.interval is None:
-        raise UsageError("--warmup goes with --interval; without one the full steps are evenly spaced")
+        raise UsageError("--warmup goes with --interval; without one the full steps are placed by the number of them")
     return config
 
 

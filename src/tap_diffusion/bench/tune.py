@@ -1,8 +1,8 @@
 """Planning which steps are full, for one model, number of steps and budget: a search on the final error.
 
 As BudCache does, and unlike DPCache, which adds up open-loop errors of the steps, the search looks at what a schedule
-does to the picture: errors compound and cancel along a trajectory. It starts from the best of
-the schedules on which the bench tries every method, the recommended one among them.
+does to the picture: errors compound and cancel along a trajectory. It starts from the best of the schedules on which
+the bench tries every method, the recommended one among them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def search(
 
     Args:
         quality: of a schedule; the larger, the better. Is asked once for each.
-        starts: full steps to start from, the first of which stays.
+        starts: schedules to start from; the first full step stays.
         steps: of the trajectory.
         evaluations: schedules to ask about, at most; the starts are included, and all asked about.
     """
