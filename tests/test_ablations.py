@@ -431,5 +431,7 @@ def test_a_mixed_clock_has_its_share_of_the_step(values: list[float], share: flo
     expected = [
         share * step + (1 - share) * last * (angle[0] - a) / (angle[0] - angle[-1]) for step, a in enumerate(angle)
     ]
-    assert MixedTimeline(noise, "flow", share).clock == pytest.approx(expected, abs=1e-6)
-    assert MixedTimeline(noise, "flow").clock == pytest.approx(Timeline(noise, "flow").clock)
+    assert MixedTimeline(noise, "flow", share=share).clock == pytest.approx(expected, abs=1e-6)
+    full = (0, last)
+    assert MixedTimeline(noise, "flow", full).clock == pytest.approx(Timeline(noise, "flow", full).clock)
+    assert MixedTimeline(noise, "flow", full, stretched=False).clock == Timeline(noise, "flow").clock

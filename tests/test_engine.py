@@ -13,6 +13,7 @@ from torch import Tensor
 from tap_diffusion import TAPConfig, TAPWarning
 from tap_diffusion.engine import Engine, Fallback, _LateFlag
 from tap_diffusion.predictors import candidates, chebyshev
+from tap_diffusion.timeline import Timeline
 from tap_diffusion.tracking import Call
 
 SHAPE = (2, 4, 3)
@@ -84,6 +85,25 @@ def test_prediction_is_that_of_the_best_candidate() -> None:
     expected = -predictions.gather(0, best[None, ..., None].expand(1, *SHAPE))[0]
     torch.testing.assert_close(driver.outputs[3], expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(driver.engine.report.choices[0].index.long(), best)
+
+
+def test_what_changed_in_a_window_changes_again_in_the_next_however_long_it_is() -> None:
+    known = Timeline(tuple(20.0 / 2**i for i in range(12)), "flow")
+    engine = Engine(TAPConfig(full_steps=(0, 1, 4, 8), orders=(1,), hindsight=0.0))
+    outputs: dict[int, Tensor] = {}
+    for step in range(12):
+        where = dataclasses.replace(call(step, last=step == 11), steps=12, timeline=known)
+        zero = torch.zeros(SHAPE)
+        if engine.begin(where):
+            engine.record(where, zero, features(step), None)
+        else:
+            outputs[step] = engine.predict(where, zero, torch.empty)
+        engine.end(where, step not in outputs, lambda: 1.0)
+    assert sorted(outputs) == [2, 3, 5, 6, 7, 9, 10, 11]
+    for step, (before, newest, following) in {2: (0, 1, 4), 3: (0, 1, 4), 6: (1, 4, 8)}.items():
+        share = (known.pace[step] - known.pace[newest]) / (known.pace[following] - known.pace[newest])
+        expected = features(newest) + share * (features(newest) - features(before))
+        torch.testing.assert_close(outputs[step], expected)
 
 
 @pytest.mark.parametrize("what", ["residual", "probe"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,12 +38,14 @@ def latents_after(pipe: Any, step: int, config: TAPConfig) -> Tensor:
 def test_a_full_step_moves_away_from_its_prediction(pipe: Any, gain: float, orders: tuple[int, ...]) -> None:
     """Euler's steps are linear in the output: the latent moves from where it had gone, away from where the prediction
     would have taken it, by the share that the timeline gives."""
-    with_it = TAPConfig(full_steps=(0, 1, 4, 9), hindsight=gain, orders=orders)
-    without = TAPConfig(full_steps=(0, 1, 4, 9), hindsight=0.0, orders=orders)
-    predicted = TAPConfig(full_steps=(0, 1), hindsight=0.0, orders=orders)
+    full = (0, 1, 4, 9)
+    with_it = TAPConfig(full_steps=full, hindsight=gain, orders=orders, clock="step")
+    without = replace(with_it, hindsight=0.0)
+    predicted = replace(without, full_steps=full[:2])  # in steps the prediction for step 4 is the same without it
     moved, plain, foreseen = (latents_after(pipe, 4, config) for config in (with_it, without, predicted))
     known = timeline(pipe.scheduler, 0)
     assert known is not None
+    known = replace(known, full=full)
     share = gain * known.hindsight([1, 0][: with_it.anchors], 4)
     assert share > 0.1 * gain
     assert (plain - foreseen).norm() > 1e-4 * plain.norm()

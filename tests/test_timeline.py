@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -57,13 +58,17 @@ def model(scheduler: Any, clean: Tensor) -> Callable[[Tensor, int], Tensor]:
     return output
 
 
+@pytest.mark.parametrize("full", [(), (0, 4, 9, 13, 18), (0, 4, 9, 10, 13, 18)])
 @each_scheduler
 @pytest.mark.parametrize(("anchors", "step"), [((0,), 4), ((4, 0), 9), ((9, 4), 10), ((9, 4), 13), ((13, 9), 18)])
-def test_hindsight_undoes_what_the_window_did(make: Callable[[], Any], anchors: tuple[int, ...], step: int) -> None:
+def test_hindsight_undoes_what_the_window_did(
+    make: Callable[[], Any], anchors: tuple[int, ...], step: int, full: tuple[int, ...]
+) -> None:
     """Errors of the assumed form in the steps between: after the full step, so moved, the latent is as if none were."""
     scheduler = make()
     known = timeline(scheduler, 0)
     assert known is not None
+    known = replace(known, full=full)
     generator = torch.Generator().manual_seed(0)
     clean, start, offset = torch.randn(3, 50, generator=generator, dtype=torch.float64)
     true, clock = model(scheduler, clean), known.clock
@@ -95,23 +100,49 @@ def test_hindsight_undoes_what_the_window_did(make: Callable[[], Any], anchors: 
         assert known.hindsight(anchors, step) == 0
 
 
-def test_the_clock_of_flow_matching_is_half_arcsine_half_steps() -> None:
+def test_the_pace_of_flow_matching_is_half_arcsine_half_steps() -> None:
     scheduler = flow(shift=2.0)
     known = timeline(scheduler, 0)
     assert known is not None
     angle = scheduler.sigmas[:-1].double().sqrt().asin()
     expected = (torch.arange(STEPS) + (STEPS - 1) * (angle[0] - angle) / (angle[0] - angle[-1])) / 2
-    torch.testing.assert_close(torch.tensor(known.clock, dtype=torch.float64), expected.double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.tensor(known.pace, dtype=torch.float64), expected.double(), atol=1e-5, rtol=0)
 
 
-@given(st.lists(st.floats(1e-4, 1e4), min_size=1, max_size=60, unique=True), st.booleans())
-def test_the_clock_rises_from_the_first_step_to_the_last(values: list[float], infinite: bool) -> None:
-    noise = ((math.inf,) if infinite else ()) + tuple(sorted(values, reverse=True))
-    clock = Timeline(noise, "flow").clock
-    assert clock[0] == 0
-    assert all(a < b for a, b in pairwise(clock))
-    if len(noise) > 1:
-        assert clock[-1] == pytest.approx(len(noise) - 1)
+noises = st.tuples(
+    st.lists(st.floats(1e-4, 1e4), min_size=1, max_size=60, unique=True), st.lists(st.just(math.inf), max_size=1)
+).map(lambda drawn: (*drawn[1], *sorted(drawn[0], reverse=True)))
+
+
+@given(noises, st.data())
+def test_pace_and_clock_rise_from_the_first_step_to_the_last(noise: tuple[float, ...], data: st.DataObject) -> None:
+    known = Timeline(noise, "flow", full_steps_of(noise, data))
+    for time in (known.pace, known.clock):
+        assert time[0] == 0
+        assert all(a < b for a, b in pairwise(time))
+        if len(noise) > 1:
+            assert time[-1] == pytest.approx(len(noise) - 1)
+
+
+def full_steps_of(noise: tuple[float, ...], data: st.DataObject) -> tuple[int, ...]:
+    later = st.sets(st.integers(1, len(noise) - 1)) if len(noise) > 1 else st.just(set[int]())
+    return (0, *sorted(data.draw(later)))
+
+
+@given(noises, st.data())
+def test_full_steps_are_even_on_the_clock(noise: tuple[float, ...], data: st.DataObject) -> None:
+    """Counted in windows, a step stands where its pace says between the full steps around it."""
+    full = full_steps_of(noise, data)
+    known = Timeline(noise, "flow", full)
+    if len(full) < 2:
+        assert known.clock == known.pace
+        return
+    window = known.clock[full[1]]
+    for step, time in enumerate(known.clock):
+        n = max(i for i, f in enumerate(full) if f <= step)
+        start, end = (full[n], full[n + 1]) if n + 1 < len(full) else (full[n], None)
+        length = known.pace[end] - known.pace[start] if end else known.pace[full[-1]] - known.pace[full[-2]]
+        assert time / window == pytest.approx(n + (known.pace[step] - known.pace[start]) / length)
 
 
 @given(st.integers(0, 16), st.data())

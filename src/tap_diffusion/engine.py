@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -75,7 +76,7 @@ class Engine:
         if call.starts_trajectory:
             self.finish()
             self.report = Report(trajectories=self.report.trajectories + 1)
-            self._timeline, self._steps = call.timeline, call.steps
+            self._timeline, self._steps = self._evened(call), call.steps
         self._pending.clear()
         if call.branch in self._doubts and self._doubts[call.branch].is_raised():
             self.fall_back(call, "non-finite values in a predicted step before")
@@ -86,6 +87,13 @@ class Engine:
             self.fall_back(call, "no finite anchor" if call.branch in self._seen else "the branch has only just begun")
             return True
         return False
+
+    def _evened(self, call: Call) -> Timeline | None:
+        """The timeline of the trajectory that begins with a call, its clock even on the full steps."""
+        if call.timeline is None:
+            return None
+        is_full = plan(self.config, call.steps, call.timeline)
+        return replace(call.timeline, full=tuple(filter(is_full, range(len(call.timeline)))))
 
     @uncompiled
     def end(self, call: Call, full: bool, milliseconds: Callable[[], float]) -> None:

@@ -57,12 +57,7 @@ def spaced_steps(config: TAPConfig, steps: int, count: int, timeline: Timeline |
     """``count`` full steps of a trajectory, with ``windows`` on the ``clock`` of a configuration between them."""
     if config.windows == "growing":
         return growing_steps(steps, count)
-    return clock_steps(clock(config, steps, timeline), count)
-
-
-def clock(config: TAPConfig, steps: int, timeline: Timeline | None) -> Sequence[float]:
-    """Time of each step."""
-    return range(steps) if timeline is None or config.clock == "step" else timeline.clock
+    return clock_steps(range(steps) if timeline is None or config.clock == "step" else timeline.pace, count)
 
 
 def is_full_step(step: int, interval: int, warmup: int) -> bool:

@@ -23,17 +23,19 @@ class Timeline:
             infinite. After the last step there is none.
         prediction: what the model predicts: ``flow`` ε - x₀ with α + σ = 1; with α² + σ² = 1 ``epsilon`` ε,
             ``v_prediction`` α ε - σ x₀, or ``sample`` x₀. None: something else, or the solver takes random steps.
+        full: steps that are full, the first among them, on which the clock is even; without them it is the pace.
     """
 
     noise: tuple[float, ...]
     prediction: Prediction | None
+    full: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.noise)
 
     @cached_property
-    def clock(self) -> tuple[float, ...]:
-        """The time of each step, from 0 to len - 1: halfway between its index and arctan √(σ/α), so scaled.
+    def pace(self) -> tuple[float, ...]:
+        """Time in which features change evenly, from 0 to len - 1: halfway between step and arctan √(σ/α), so scaled.
 
         In arctan √(σ/α), which is arcsin √σ for flow matching, features change at about the same pace throughout,
         while in steps they change fast at both ends; but an early error also does more harm than a late one. Halfway
@@ -43,6 +45,21 @@ class Timeline:
         angles = [math.atan(math.sqrt(noise)) for noise in self.noise]
         span = angles[0] - angles[-1] or 1.0
         return tuple((step + last * (angles[0] - angle) / span) / 2 for step, angle in enumerate(angles))
+
+    @cached_property
+    def clock(self) -> tuple[float, ...]:
+        """Time in which predictors extrapolate, from 0 to len - 1: the pace, stretched so that full steps are even.
+
+        Between two full steps it is proportional to the pace, and so it is after the last, as in the window before.
+        Where windows grow, because change slows down or because early errors do more harm, a slope seen in a short
+        window is thus not carried on at its full size through the next, longer one (docs/beyond.md).
+        """
+        if len(self.full) < 2:
+            return self.pace
+        places = [self.pace[step] for step in self.full]
+        after = (self.pace[-1] - places[-1]) / (places[-1] - places[-2])
+        windows = np.interp(self.pace, [*places, self.pace[-1]], [*range(len(places)), len(places) - 1 + after])
+        return tuple((windows * (len(self) - 1) / windows[-1]).tolist())
 
     def hindsight(self, anchors: Sequence[int], step: int) -> float:
         """By how much of its surprise the output of a full step is to be moved, to make up for the window before.

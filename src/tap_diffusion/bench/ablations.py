@@ -67,22 +67,29 @@ class ShiftedEngine(Engine):
 
 @dataclass(frozen=True)
 class MixedTimeline(Timeline):
-    """A timeline whose clock is another mixture of the noise and the step, or whose hindsight is simpler.
+    """A timeline whose pace is another mixture of the noise and the step, or whose hindsight is simpler.
 
     Attributes:
-        share: of the step; 0.5 is :attr:`Timeline.clock`.
+        share: of the step; 0.5 is :attr:`Timeline.pace`.
         heals: whether hindsight takes into account that the full step heals errors.
+        stretched: whether the clock is even on the full steps.
     """
 
     share: float = 0.5
     heals: bool = True
+    stretched: bool = True
+
+    @cached_property
+    def pace(self) -> tuple[float, ...]:
+        """As the base class, with the share."""
+        return tuple(
+            2 * (1 - self.share) * half + (2 * self.share - 1) * step for step, half in enumerate(super().pace)
+        )
 
     @cached_property
     def clock(self) -> tuple[float, ...]:
-        """As the base class, with the share."""
-        return tuple(
-            2 * (1 - self.share) * half + (2 * self.share - 1) * step for step, half in enumerate(super().clock)
-        )
+        """As the base class, or the pace."""
+        return super().clock if self.stretched else self.pace
 
     @cached_property
     def _solver(self) -> Any:
@@ -183,6 +190,7 @@ def beyond() -> Iterator[Ablation]:
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         label = f"{share:.0%} step, {1 - share:.0%} noise"
         yield Ablation("clock", label, _plain if share == 0.5 else _mixed(share=share))
+    yield Ablation("clock", "not stretched", _mixed(stretched=False))
     yield _configured("schedule", "even on the clock", windows="even")
     yield _configured("schedule", "growing", windows="growing")
     for label, steps in _SCHEDULES.items():
