@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tap_diffusion import TAPConfig, TAPWarning
+from tap_diffusion import ConfigError, TAPConfig, TAPWarning
 from tap_diffusion.engine import Engine, Fallback, _LateFlag
 from tap_diffusion.predictors import candidates, chebyshev
 from tap_diffusion.timeline import Timeline
@@ -104,6 +104,14 @@ def test_what_changed_in_a_window_changes_again_in_the_next_however_long_it_is()
         share = (known.pace[step] - known.pace[newest]) / (known.pace[following] - known.pace[newest])
         expected = features(newest) + share * (features(newest) - features(before))
         torch.testing.assert_close(outputs[step], expected)
+
+
+def test_full_steps_for_another_number_of_steps_are_refused_at_every_call() -> None:
+    engine = Engine(TAPConfig(full_steps=(0, 3), steps=10))
+    known = Timeline(tuple(20.0 / 2**i for i in range(12)), "flow")
+    for step in range(2):
+        with pytest.raises(ConfigError, match="10 steps, and this one has 12"):
+            engine.begin(dataclasses.replace(call(step), steps=12, timeline=known))
 
 
 @pytest.mark.parametrize("what", ["residual", "probe"])

@@ -27,8 +27,8 @@ def model() -> BenchModel:
     return BenchModel("tiny", build_pipeline, WORDS[1:], WORDS, lambda prompts: {"prompt": list(prompts)} | arguments)
 
 
-# Peaks at most 4 away, so that there is room for all at their best: pressed together, moving one at a time gets stuck.
-@given(st.tuples(st.floats(-4, 4), st.floats(-4, 4)))
+# With a step between the peaks, so that there is room for both: pressed together, moving one at a time gets stuck.
+@given(st.tuples(st.floats(-5, 5), st.floats(-5, 5)).filter(lambda peak: 15 + peak[1] - (6 + peak[0]) >= 1))
 @settings(max_examples=25)
 def test_the_search_finds_the_best_where_there_is_one_hill(peak: tuple[float, float]) -> None:
     """Each full step has its own best place."""

@@ -40,11 +40,12 @@ class TAPConfig:
         steps: length of a trajectory, for a transformer by itself, whose scheduler TAP doesn't know. Without it
             ``speedup`` means an ``interval`` of as much, rounded. Beside a tuple of ``full_steps``: the length that
             they are for; another is an error.
-        clock: time in which predictors extrapolate and full steps are evenly spaced: the ``step``, as in the paper, or
-            what the scheduler's ``noise`` says about the pace at which features change, stretched so that full steps
-            are even however they are spaced (:attr:`Timeline.clock <tap_diffusion.timeline.Timeline.clock>`); the
-            step where it says nothing.
-        windows: between full steps that are not given one by one: ``even`` on the ``clock``, or ``growing``, dense at
+        clock: where full steps are even and how predictors extrapolate: in the ``step``, as in the paper, or by what
+            the scheduler's ``noise`` says: full steps are even in the pace at which features change
+            (:attr:`Timeline.pace <tap_diffusion.timeline.Timeline.pace>`), and predictors extrapolate in windows
+            between full steps, wherever these are (:attr:`Timeline.clock <tap_diffusion.timeline.Timeline.clock>`).
+            The step where it says nothing.
+        windows: between full steps that are not given one by one: ``even`` as ``clock`` says, or ``growing``, dense at
             the start (:func:`~tap_diffusion.schedule.growing_steps`). None: growing for models of videos, where the
             first steps decide what moves where, and even for all others.
         hindsight: share of the error of the predicted steps that the next full step makes up for

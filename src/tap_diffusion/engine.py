@@ -76,7 +76,8 @@ class Engine:
         if call.starts_trajectory:
             self.finish()
             self.report = Report(trajectories=self.report.trajectories + 1)
-            self._timeline, self._steps = self._evened(call), call.steps
+            self._timeline, self._steps = call.timeline, call.steps
+            self._even_clock()
         self._pending.clear()
         if call.branch in self._doubts and self._doubts[call.branch].is_raised():
             self.fall_back(call, "non-finite values in a predicted step before")
@@ -88,12 +89,11 @@ class Engine:
             return True
         return False
 
-    def _evened(self, call: Call) -> Timeline | None:
-        """The timeline of the trajectory that begins with a call, its clock even on the full steps."""
-        if call.timeline is None:
-            return None
-        is_full = plan(self.config, call.steps, call.timeline)
-        return replace(call.timeline, full=tuple(filter(is_full, range(len(call.timeline)))))
+    def _even_clock(self) -> None:
+        """Make the clock even on the full steps of the trajectory that begins."""
+        if self._timeline is not None:
+            is_full = plan(self.config, self._steps, self._timeline)
+            self._timeline = replace(self._timeline, full=tuple(filter(is_full, range(len(self._timeline)))))
 
     @uncompiled
     def end(self, call: Call, full: bool, milliseconds: Callable[[], float]) -> None:
