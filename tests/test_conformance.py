@@ -73,6 +73,11 @@ def _blocks_left_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def _latents_embedded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FluxTransformer2DModel", "WanTransformer3DModel"):
+        monkeypatch.setitem(SPECS, name, dataclasses.replace(SPECS[name], unread=("x_embedder", "patch_embedding")))
+
+
 @pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel"])
 @pytest.mark.parametrize(
     ("fault", "check"),
@@ -83,6 +88,7 @@ def _blocks_left_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
         (_one_branch_for_all, checks.check_branches),
         (_anchors_not_reset, checks.check_repeatable),
         (_blocks_left_exchanged, checks.check_off),
+        (_latents_embedded_once, checks.check_unread),
     ],
 )
 def test_the_suite_notices(name: str, fault: Fault, check: checks.Check, monkeypatch: pytest.MonkeyPatch) -> None:

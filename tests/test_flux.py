@@ -23,9 +23,12 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import tap_diffusion as tap
 from tap_diffusion import TAPConfig, TAPWarning, UnsupportedModelError
+from tap_diffusion.integrations.depth import Depth, StandIns
+from tap_diffusion.integrations.models import SPECS
 from tap_diffusion.schedule import full_steps
 from tiny import TOKENS, build_pipeline, build_transformer, count_calls, engine_of, interrupt_at, sample
 
@@ -352,6 +355,41 @@ class TestPromise7:
         first = 20 if name == "first block" else full
         assert [count[0] for count in counts] == [first] + [full] * (len(blocks) - 1)
         assert head == [20]
+
+    @pytest.mark.parametrize("name", CONFIGS)
+    def test_text_and_positions_are_embedded_where_a_block_reads_them(self, pipe: Any, name: str) -> None:
+        transformer = pipe.transformer
+        counts = [count_calls(part) for part in (transformer.context_embedder, transformer.pos_embed)]
+        with tap.enabled(pipe, CONFIGS[name]):
+            sample(pipe)
+        assert counts == [[20 if name == "first block" else len(full_steps(20, 4, 3))]] * 2
+
+    @torch.no_grad()
+    def test_text_of_another_length_is_embedded_on_a_predicted_step(self) -> None:
+        transformer = build_transformer()
+        config, counts = transformer.config, count_calls(transformer.context_embedder)
+        image = torch.randn(1, 64, config.in_channels, generator=torch.Generator().manual_seed(0))
+
+        def call(text: int) -> Tensor:
+            output: Tensor = transformer(
+                image, torch.ones(1, text, config.joint_attention_dim), torch.ones(1, config.pooled_projection_dim),
+                torch.tensor([0.5]), img_ids=torch.zeros(64, 3), txt_ids=torch.zeros(text, 3), return_dict=False,
+            )[0]  # fmt: skip
+            return output
+
+        unread: StandIns = {}
+        depth = Depth(transformer, SPECS["FluxTransformer2DModel"])
+        with depth.watched(lambda *_: None, lambda *_: None, unread):
+            call(TOKENS)
+        with depth.left_out(lambda arguments: {"hidden_states": arguments["hidden_states"]}, unread):
+            same = call(TOKENS)
+            assert counts == [1]
+            other = call(TOKENS + 5)
+            assert counts == [2]
+        assert torch.equal(same, other)
+        held = [leaf.untyped_storage().nbytes() for leaf in tree_leaves(unread) if isinstance(leaf, Tensor)]
+        assert held
+        assert max(held) <= 8
 
     @pytest.mark.parametrize("name", ["paper", "reuse", "first block"])
     def test_predicted_steps_do_not_grow_with_depth(self, name: str) -> None:

@@ -149,8 +149,7 @@ def work() -> Work:
 
 def test_work_by_formula(work: Work) -> None:
     linears = {  # rows, in, out
-        "embedders": [(BATCH * TOKENS, 64, 32), (BATCH * TEXT, 16, 32), (BATCH, 256, 32), (BATCH, 32, 32),
-                      (BATCH, 16, 32), (BATCH, 32, 32)],
+        "embedders": [(BATCH * TOKENS, 64, 32), (BATCH, 256, 32), (BATCH, 32, 32), (BATCH, 16, 32), (BATCH, 32, 32)],
         "probe": [(BATCH, 32, 6 * 32)],
         "head": [(BATCH, 32, 2 * 32), (BATCH * TOKENS, 32, 64)],
     }  # fmt: skip

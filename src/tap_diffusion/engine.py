@@ -48,6 +48,7 @@ class Engine:
         self._ranks = ranks or Ranks()
         self.report = Report()
         self._histories: dict[str, dict[str, History]] = {}  # of each branch, of each of its streams
+        self._unread: dict[str, dict[Any, Any]] = {}
         self._doubts: dict[str, _LateFlag] = {}
         self._seen: dict[str, int] = {}  # last step of each branch
         self._pending: list[Choice] = []  # of the call that is running
@@ -65,6 +66,7 @@ class Engine:
     def reset(self) -> None:
         """Drop all that is remembered of the current trajectory, but not the report."""
         self._histories.clear()
+        self._unread.clear()
         self._doubts.clear()
         self._seen.clear()
         self._pending.clear()
@@ -108,6 +110,7 @@ class Engine:
         if call.is_last_step:
             for branch in [b for b, step in self._seen.items() if b == call.branch or step < call.step - 1]:
                 self._histories.pop(branch, None)  # its own, and those of branches that have ended before
+                self._unread.pop(branch, None)
                 self._doubts.pop(branch, None)
             if not self._histories:
                 self._warn_if_without_effect()
@@ -115,7 +118,7 @@ class Engine:
     def forget(self, before: int) -> None:
         """Drop what is remembered of branches whose last call was before a step."""
         for branch in [branch for branch, step in self._seen.items() if step < before]:
-            for memory in (self._histories, self._doubts, self._seen):
+            for memory in (self._histories, self._unread, self._doubts, self._seen):
                 memory.pop(branch, None)
 
     def finish(self) -> None:
@@ -155,6 +158,10 @@ class Engine:
     def cache_bytes(self) -> int:
         """Bytes that the histories hold now."""
         return sum(history.nbytes for branch in self._histories.values() for history in branch.values())
+
+    def unread(self, call: Call) -> dict[Any, Any]:
+        """What stands in for the output of the model's unread submodules on this branch; for the caller to fill."""
+        return self._unread.setdefault(call.branch, {})
 
     @uncompiled
     def park(self) -> None:

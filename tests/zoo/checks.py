@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 import tap_diffusion as tap
 from tap_diffusion.integrations.depth import named
 from tap_diffusion.integrations.models import SPECS, Stream, TransformerSpec
+from tap_diffusion.integrations.passes import Passes
 from tap_diffusion.schedule import full_steps
 from tiny import engine_of
 from zoo import CASES, Conditions, build, class_of, denoise, evaluate, start
@@ -208,6 +212,81 @@ def check_probe(name: str) -> None:
     assert len(compared) == len(spec_of(name).streams)
     for one, other in zip(kept[-len(compared) :], compared, strict=True):
         assert (other - one).norm() / one.norm() < 1e-2, "the probe differs where blocks are left out"
+
+
+def _unread(name: str, model: nn.Module) -> dict[str, nn.Module]:
+    """The case's unread submodules."""
+    present = set(spec_of(name).unread)
+    return {
+        place: module
+        for place, module in model.named_modules()
+        if place in present or (place.rpartition(".")[0] in present and isinstance(_parent(model, place), _LISTS))
+        if not isinstance(module, _LISTS)
+    }
+
+
+_LISTS = (nn.ModuleList, nn.ModuleDict)
+
+
+def _parent(model: nn.Module, place: str) -> nn.Module:
+    return model.get_submodule(place.rpartition(".")[0])
+
+
+def check_unread(name: str) -> None:
+    """Submodules called unread run on full steps alone, and whatever they gave on a predicted one would change no bit.
+
+    The independent side runs them on predicted steps, too, and puts something else in the place of their output.
+    """
+    case = CASES[name]
+
+    def traced(model: nn.Module) -> list[Tensor]:
+        """Outputs of three calls, the last of them predicted, and all that it predicts from."""
+        engine: Any = engine_of(model)
+        predict, trace, conditions = engine.predict, [], Conditions(0, 1, torch.float32)
+
+        def predicting(call: Any, x: Tensor, probe: Callable[[], Tensor], *more: Any) -> Tensor:
+            trace.extend([x.clone(), probe().clone()])
+            result: Tensor = predict(call, x, probe, *more)
+            return result
+
+        engine.predict = predicting
+        trace += [evaluate(model, case, start(case), time, conditions) for time in (1.0, 0.9, 0.8)]
+        assert (tap.report(model).full_steps, tap.report(model).predicted_steps) == (2, 1)
+        return trace
+
+    model = build(name)
+    runs: list[str] = []
+    for place, module in _unread(name, model).items():
+        module.register_forward_pre_hook(lambda *_, place=place: runs.append(place))
+    with tap.enabled(model, CONFIG):
+        without = traced(model)
+    times = Counter(runs)
+    assert all(times[place] and times[place] % 2 == 0 for place in _unread(name, model)), times
+    evaluate(model, case, start(case), 0.8, Conditions(0, 1, torch.float32))
+    assert Counter(runs) == {place: count // 2 * 3 for place, count in times.items()}, "not run on full steps alone"
+
+    model = build(name)
+    predicted = False
+
+    def exchange(module: nn.Module, args: Any, output: Any) -> Any:
+        return tree_map(_something_else, output) if predicted else output
+
+    def enter(module: nn.Module, args: Any) -> None:
+        nonlocal predicted
+        predicted = tap.report(model).steps == 2
+
+    for module in _unread(name, model).values():
+        module.register_forward_hook(exchange)
+    model.register_forward_pre_hook(enter)
+    with tap.enabled(model, CONFIG), patch.object(Passes, "_unread", lambda *_: None):
+        exchanged = traced(model)
+    assert len(without) == len(exchanged)
+    assert all(map(torch.equal, without, exchanged)), "what was to be unread has been read"
+
+
+def _something_else(value: Any) -> Any:
+    number = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+    return 1.5 * value + 1 if number else value
 
 
 Check = Callable[[str], None]

@@ -22,6 +22,7 @@ from tap_diffusion.errors import UnsupportedModelError
 from tap_diffusion.integrations.models import Stream, TransformerSpec
 
 Streams = dict[str, Tensor]  # by the name of the first block's argument
+StandIns = dict[Any, Any]  # for the output of a spec's unread submodules, by submodule and shapes of its arguments
 
 
 class Guise(nn.Module):
@@ -83,10 +84,13 @@ class Depth:
         self.first: nn.Module = blocks[0]
         self._entered: Callable[[dict[str, Any], Any], Any]
         self._left: Callable[[str, Tensor], Tensor]
+        self._unread: StandIns = {}  # of the current call
         self._lengths: dict[str, int] = {}  # of the streams behind text, in the current call
         self._full = self._guises(full=True)
         self._predicted = self._guises(full=False)
-        self._originals = {place: self._get(place) for place in self._full | self._predicted}
+        self._kept = {place: self._keeping(place) for place in self._unread_places()}
+        self._replaced = {place: self._replacing(place) for place in self._kept}
+        self._originals = {place: self._get(place) for place in self._full | self._predicted | self._kept}
         self._blocks = self._all_blocks()
 
     def is_current(self) -> bool:
@@ -100,21 +104,29 @@ class Depth:
 
     @contextmanager
     def watched(
-        self, enter: Callable[[dict[str, Any], Any], None], leave: Callable[[str, Tensor], None]
+        self,
+        enter: Callable[[dict[str, Any], Any], None],
+        leave: Callable[[str, Tensor], None],
+        unread: StandIns | None = None,
     ) -> Iterator[None]:
         """A full step. ``enter`` gets the first block's arguments by name, and its output; ``leave`` gets each stream,
-        by name, as it leaves the last block or enters the head."""
+        by name, as it leaves the last block or enters the head; ``unread`` stand-ins for what the spec's unread
+        submodules give.
+        """
 
         def left(stream: str, value: Tensor) -> Tensor:
             leave(stream, value)
             return value
 
-        with self._exchanged(self._full, enter, left):
+        with self._exchanged(self._full, self._kept, enter, left, unread):
             yield
 
     @contextmanager
-    def left_out(self, predict: Callable[[dict[str, Any]], Streams]) -> Iterator[None]:
-        """A predicted step: ``predict`` gets the first block's arguments by name and returns what enters the head."""
+    def left_out(self, predict: Callable[[dict[str, Any]], Streams], unread: StandIns | None = None) -> Iterator[None]:
+        """A predicted step: ``predict`` gets the first block's arguments by name and returns what enters the head.
+
+        Where ``unread`` has a stand-in for what one of the spec's unread submodules would give, that does not run.
+        """
         predicted: Streams = {}
 
         def entered(arguments: dict[str, Any], _: Any) -> Any:
@@ -127,7 +139,7 @@ class Depth:
                 return value
             return predicted[stream].reshape(value.shape).to(value.dtype)
 
-        with self._exchanged(self._predicted, entered, left):
+        with self._exchanged(self._predicted, self._replaced, entered, left, unread):
             yield
 
     def streams_of(self, block_output: Any) -> Streams:
@@ -266,8 +278,49 @@ class Depth:
         text, tokens = value.tensor_split([value.shape[1] - self._lengths[stream.argument]], dim=1)
         return torch.cat([text, self._left(stream.argument, tokens)], dim=1)
 
+    def _unread_places(self) -> list[str]:
+        """Where this module has a submodule that the spec calls unread; of a list or a dictionary of them, each."""
+        places: list[str] = []
+        for place in self.spec.unread:
+            found = self._get(place)
+            if isinstance(found, nn.ModuleList | nn.ModuleDict):
+                places += [f"{place}.{name}" for name in found._modules]
+            elif found is not None:
+                places.append(place)
+        return places
+
+    def _keeping(self, place: str) -> nn.Module:
+        module = self._get(place)
+
+        @uncompiled
+        def keep(*args: Any, **kwargs: Any) -> Any:
+            output = module(*args, **kwargs)
+            self._unread[place, _shapes(args, kwargs)] = _stand_in(output)
+            return output
+
+        return Guise(module, keep)
+
+    def _replacing(self, place: str) -> nn.Module:
+        module = self._get(place)
+
+        @uncompiled
+        def replace(*args: Any, **kwargs: Any) -> Any:
+            stand_in = self._unread.get((place, _shapes(args, kwargs)))
+            return module(*args, **kwargs) if stand_in is None else stand_in
+
+        return Guise(module, replace)
+
     @contextmanager
-    def _exchanged(self, places: dict[str, nn.Module], entered: Any, left: Any) -> Iterator[None]:
+    def _exchanged(
+        self,
+        places: dict[str, nn.Module],
+        unread_places: dict[str, nn.Module],
+        entered: Any,
+        left: Any,
+        unread: StandIns | None,
+    ) -> Iterator[None]:
+        if unread is not None:
+            places, self._unread = places | unread_places, unread
         self._entered, self._left = entered, left
         try:
             self._set(places)
@@ -275,6 +328,7 @@ class Depth:
         finally:
             self._set({place: self._originals[place] for place in places})
             del self._entered, self._left
+            self._unread = {}
 
     def _named(self, args: Any, kwargs: Any) -> dict[str, Any]:
         """The first block's arguments by name."""
@@ -291,6 +345,8 @@ class Depth:
     def _get(self, place: str) -> Any:
         found: Any = self.module
         for name in place.split("."):
+            if found is None:
+                break
             found = found._modules.get(name)  # a third of the time of attributes, and this is asked at every call
         return found
 
@@ -328,6 +384,20 @@ def _pass_through(block: nn.Module, outputs: tuple[str, ...]) -> Callable[..., A
         return arguments[outputs[0]] if len(outputs) == 1 else tuple(arguments[name] for name in outputs)
 
     return run
+
+
+def _shapes(args: Any, kwargs: Any) -> tuple[Any, ...]:
+    return tuple(getattr(value, "shape", None) for value in (*args, *kwargs.values()))
+
+
+def _stand_in(output: Any) -> Any:
+    """Zeros in the shape of tensors and nested tuples and lists, which take no memory."""
+    if isinstance(output, tuple | list):
+        return type(output)([_stand_in(part) for part in output])
+    # Of integers and booleans, sequence lengths may be made.
+    if isinstance(output, Tensor) and (output.is_floating_point() or output.is_complex()):
+        return output.new_zeros(()).expand(output.shape)
+    return output
 
 
 def named(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:

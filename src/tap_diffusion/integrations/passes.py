@@ -15,7 +15,7 @@ from tap_diffusion.compiling import uncompiled, uncompiled_itself
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.engine import Engine, Fallback
 from tap_diffusion.errors import UnsupportedModelError
-from tap_diffusion.integrations.depth import Depth, Streams
+from tap_diffusion.integrations.depth import Depth, StandIns, Streams
 from tap_diffusion.integrations.models import TransformerSpec
 from tap_diffusion.ranks import Ranks
 from tap_diffusion.reporting import stopwatch
@@ -102,8 +102,17 @@ class Passes:
             for call, a, b, probe in zip(calls, befores, afters, probes, strict=True):
                 self.engine.record(call, a, b, probe, stream)
 
-        with depth.watched(enter, leave):
+        unread = self._unread(calls)
+        if unread is not None:
+            unread.clear()
+        with depth.watched(enter, leave, unread):
             return forward()
+
+    def _unread(self, calls: Sequence[Call]) -> StandIns | None:
+        """Stand-ins for unread submodules; None where they are to run, since the first block does, as a probe."""
+        config = self.engine.config
+        whole_block = config.chooses and not (self.spec.probe and config.probe == "modulated_input")
+        return None if whole_block or not self.spec.unread or len(calls) > 1 else self.engine.unread(calls[0])
 
     def _predict(self, depth: Depth, calls: Sequence[Call], forward: partial[Any]) -> tuple[Any, str | None]:
         """Run the model's own forward with its depth left out.
@@ -138,7 +147,7 @@ class Passes:
             return predicted
 
         without = {name: None for name in self.spec.full_only if name in forward.keywords}
-        with depth.left_out(predict):
+        with depth.left_out(predict, self._unread(calls)):
             output = forward(**without)
         return output, reason
 
