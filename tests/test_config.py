@@ -71,7 +71,7 @@ def test_paper_is_the_paper() -> None:
         ("loss", "mse", "cosine, l2, relative_l2, l1"),
         ("granularity", "pixel", "token, sample, batch"),
         ("probe", "second_block", "modulated_input, first_block"),
-        ("sketch", 0, "an integer of at least 1"),
+        ("sketch", 0, "None or an integer of at least 1"),
         ("cache_dtype", "int8", "model, float32, bfloat16, float16"),
         ("offload", "disk", "None or 'cpu'"),
     ],

@@ -215,6 +215,19 @@ def test_a_sketch_looks_at_some_channels_and_keeps_no_others() -> None:
     assert sketched.engine.report.cache_bytes == 3 * (feature + kept) + gram
 
 
+@pytest.mark.parametrize(("channels", "stride"), [(8, 1), (767, 1), (768, 2), (3072, 8), (5120, 13)])
+def test_by_default_enough_channels_are_looked_at(channels: int, stride: int) -> None:
+    torch.manual_seed(0)
+    noise = {step: torch.randn(*SHAPE[:-1], channels) for step in range(12)}
+    default = dataclasses.replace(CONFIG, sketch=None)
+    itself, named, all_of_them = (
+        Driver(config).run(11, probe=noise) for config in (default, dataclasses.replace(CONFIG, sketch=stride), CONFIG)
+    )
+    assert all(torch.equal(itself.outputs[step], output) for step, output in named.outputs.items())
+    assert itself.engine.report.cache_bytes == named.engine.report.cache_bytes
+    assert (itself.engine.report.cache_bytes < all_of_them.engine.report.cache_bytes) == (stride > 1)
+
+
 def test_interval_one_keeps_nothing() -> None:
     driver = Driver(TAPConfig.paper(interval=1)).run(ends=False)
     assert driver.full == list(range(12))

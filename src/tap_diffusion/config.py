@@ -22,6 +22,7 @@ Windows = Literal["even", "growing"]
 
 MAX_ORDER = 8
 MAX_HISTORY = 64
+ENOUGH_CHANNELS = 384  # of the probe, to tell which candidate is best; on models trained here 24 were enough
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class TAPConfig:
         probe: features that the proxy loss compares: ``modulated_input`` of the first block, or what the
             ``first_block`` adds to the hidden states (dearer: it runs the whole block).
         sketch: keep one in this many channels of the probe features, and compare them on these alone: nearly half the
-            cache can be saved. 1: all.
+            cache can be saved. 1: all, as in the paper. None: as many as leave at least 384.
         cache_dtype: of the cache; ``model`` is that of the hidden states. Differences are formed in float32 or better
             whatever it is.
         offload: ``cpu`` keeps the cache in host memory (pinned, beside a GPU) while full steps run, whose activations
@@ -92,7 +93,7 @@ class TAPConfig:
     loss: Loss = "cosine"
     granularity: Granularity = "token"
     probe: Probe = "modulated_input"
-    sketch: int = 1
+    sketch: int | None = None
     cache_dtype: CacheDType = "model"
     offload: Literal["cpu"] | None = None
 
@@ -143,7 +144,11 @@ class TAPConfig:
         self._require("loss", self.loss in get_args(Loss), _one_of(get_args(Loss)))
         self._require("granularity", self.granularity in get_args(Granularity), _one_of(get_args(Granularity)))
         self._require("probe", self.probe in get_args(Probe), _one_of(get_args(Probe)))
-        self._require("sketch", _is_int(self.sketch) and self.sketch >= 1, "an integer of at least 1")
+        self._require(
+            "sketch",
+            self.sketch is None or (_is_int(self.sketch) and self.sketch >= 1),
+            "None or an integer of at least 1",
+        )
         self._require("cache_dtype", self.cache_dtype in get_args(CacheDType), _one_of(get_args(CacheDType)))
         self._require("offload", self.offload in (None, "cpu"), "None or 'cpu'")
 
@@ -164,6 +169,7 @@ class TAPConfig:
         settings = dict(
             interval=interval, warmup=3, clock="step", hindsight=0.0, family="taylor", orders=(0, 1, 2),
             horizon_span=4.0, horizon_step=1.0, loss="cosine", granularity="token", probe="modulated_input",
+            sketch=1,
         )  # fmt: skip
         return cls(**settings | changes)
 
@@ -183,6 +189,10 @@ class TAPConfig:
     def chooses(self) -> bool:
         """Whether there is more than one candidate, so that the probe is needed."""
         return len(self.orders) > 1 or (self.orders != (0,) and self.horizon_span >= self.horizon_step)
+
+    def stride(self, channels: int) -> int:
+        """One in how many channels of the probe is kept where it has this many."""
+        return self.sketch or max(1, channels // ENOUGH_CHANNELS)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON takes them."""

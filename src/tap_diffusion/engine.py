@@ -250,7 +250,7 @@ class Engine:
 
     def _sketched(self, probe: Tensor) -> Tensor:
         """The channels of probe features (B, N, D') that are looked at; a copy, so that the others are not kept."""
-        stride = self.config.sketch
+        stride = self.config.stride(probe.shape[-1])
         return probe if stride == 1 else probe[..., ::stride].contiguous()
 
     def _candidates(self, times: tuple[float, ...], t: float) -> tuple[list[Candidate], Tensor]:

@@ -101,7 +101,7 @@ def count(subject: Subject, config: TAPConfig) -> Work:
     numbers, probed = math.prod(stream), math.prod(probe) if probe is not None else 0
     work.flops, work.weights = counter.flops, counter.weights
     work.full_flops, work.layers = counter.full_flops, counter.layers
-    sketched = probed // probe[-1] * math.ceil(probe[-1] / config.sketch) if probe is not None else 0
+    sketched = probed // probe[-1] * math.ceil(probe[-1] / config.stride(probe[-1])) if probe is not None else 0
     work.cache = config.anchors * cached * (numbers + sketched)
     work.moved = work.cache + size * (2 * numbers + probed)
     work.tokens, work.width = stream[1], stream[2]
