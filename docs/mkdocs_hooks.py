@@ -207,8 +207,8 @@ def per_model(show: Callable[[list[Cell]], str]) -> str:
         cells = json.loads(file.read_text("utf-8"))
         full = next(cell for cell in cells if cell["method"] == "full")
         parts += [
-            f"### {full['model']}",
-            f"{full['samples']} samples, {full['steps']} steps ([report](bench/{file.parent.name}/report.html)).",
+            f"### {full['model']}, {full['steps']} steps",
+            f"{full['samples']} samples ([report](bench/{file.parent.name}/report.html)).",
             show([cell for cell in cells if "psnr_db" in cell]),
         ]
     return "\n\n".join(parts)
