@@ -60,7 +60,7 @@ class TAPAccelerate:
                         "tooltip": "Any other settings: a JSON object of fields of TAPConfig, which come before those"
                         ' above. The paper with a cache in host memory, for example: {"interval": 6, "clock": "step",'
                         ' "hindsight": 0, "family": "taylor", "orders": [0, 1, 2], "horizon_span": 4,'
-                        ' "offload": "cpu"}',
+                        ' "sketch": 1, "offload": "cpu"}',
                     },
                 ),
             },

@@ -123,8 +123,12 @@ def test_batching_changes_no_picture(settings: Settings, tmp_path: Path) -> None
         generate_many(ROWS, settings, tmp_path / str(size), here, batch_size=size)
     one = pixels(tmp_path / "1")
     assert len({picture.tobytes() for picture in one.values()}) == len(ROWS)
-    assert equal(pixels(tmp_path / "2"), one)
-    assert equal(pixels(tmp_path / "4"), one)
+    for size in ("2", "4"):
+        found = pixels(tmp_path / size)
+        assert found.keys() == one.keys()
+        for name, picture in one.items():
+            # A processor may add up in another order for another batch, and 8 bits then round to the next value.
+            assert np.abs(found[name].astype(int) - picture).max() <= 1
 
 
 @given(st.lists(st.sampled_from([None, 32, 64]), max_size=20), st.integers(1, 7))
