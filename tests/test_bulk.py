@@ -123,8 +123,8 @@ def test_batching_changes_no_picture(settings: Settings, tmp_path: Path) -> None
         generate_many(ROWS, settings, tmp_path / str(size), here, batch_size=size)
     one = pixels(tmp_path / "1")
     assert len({picture.tobytes() for picture in one.values()}) == len(ROWS)
-    for size in ("2", "4"):
-        found = pixels(tmp_path / size)
+    for size in (2, 4):
+        found = pixels(tmp_path / str(size))
         assert found.keys() == one.keys()
         for name, picture in one.items():
             # A processor may add up in another order for another batch, and 8 bits then round to the next value.
