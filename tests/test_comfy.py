@@ -129,7 +129,7 @@ def sample_without_depth(patcher: Any, kind: str) -> Tensor:
     """With the depth left out and nothing in its place, at the steps that TAP predicts."""
 
     def predict(_: Any, depth: Any, calls: Any, forward: Any) -> Any:
-        with depth.left_out(lambda arguments: {s.argument: arguments[s.argument] for s in depth.spec.streams}):
+        with depth.left_out(lambda arguments: {s.argument: arguments[s.argument] for s in depth.spec.streams}, {}):
             return forward(), None
 
     with pytest.MonkeyPatch.context() as patch:

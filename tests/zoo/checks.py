@@ -278,7 +278,7 @@ def check_unread(name: str) -> None:
     for module in _unread(name, model).values():
         module.register_forward_hook(exchange)
     model.register_forward_pre_hook(enter)
-    with tap.enabled(model, CONFIG), patch.object(Passes, "_unread", lambda *_: None):
+    with tap.enabled(model, CONFIG), patch.object(Passes, "_unread", lambda *_: {}):
         exchanged = traced(model)
     assert len(without) == len(exchanged)
     assert all(map(torch.equal, without, exchanged)), "what was to be unread has been read"

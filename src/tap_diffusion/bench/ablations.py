@@ -210,6 +210,7 @@ def beyond() -> Iterator[Ablation]:
     yield _configured("probe", "first block", probe="first_block")
     for name, loss in {"cosine": "cosine", "L2": "l2"}.items():
         yield _configured("proxy loss", name, loss=loss)
+    yield _configured("sketch", "384 or more")
     for stride in (1, 2, 4, 8, 16):
         yield _configured("sketch", "all channels" if stride == 1 else f"1 in {stride}", sketch=stride)
 

@@ -84,13 +84,11 @@ class Depth:
         self.first: nn.Module = blocks[0]
         self._entered: Callable[[dict[str, Any], Any], Any]
         self._left: Callable[[str, Tensor], Tensor]
-        self._unread: StandIns = {}  # of the current call
+        self._unread: StandIns
         self._lengths: dict[str, int] = {}  # of the streams behind text, in the current call
         self._full = self._guises(full=True)
         self._predicted = self._guises(full=False)
-        self._kept = {place: self._keeping(place) for place in self._unread_places()}
-        self._replaced = {place: self._replacing(place) for place in self._kept}
-        self._originals = {place: self._get(place) for place in self._full | self._predicted | self._kept}
+        self._originals = {place: self._get(place) for place in self._full | self._predicted}
         self._blocks = self._all_blocks()
 
     def is_current(self) -> bool:
@@ -107,22 +105,22 @@ class Depth:
         self,
         enter: Callable[[dict[str, Any], Any], None],
         leave: Callable[[str, Tensor], None],
-        unread: StandIns | None = None,
+        unread: StandIns,
     ) -> Iterator[None]:
         """A full step. ``enter`` gets the first block's arguments by name, and its output; ``leave`` gets each stream,
-        by name, as it leaves the last block or enters the head; ``unread`` stand-ins for what the spec's unread
-        submodules give.
+        by name, as it leaves the last block or enters the head; into ``unread`` go stand-ins for what the spec's
+        unread submodules give.
         """
 
         def left(stream: str, value: Tensor) -> Tensor:
             leave(stream, value)
             return value
 
-        with self._exchanged(self._full, self._kept, enter, left, unread):
+        with self._exchanged(self._full, enter, left, unread):
             yield
 
     @contextmanager
-    def left_out(self, predict: Callable[[dict[str, Any]], Streams], unread: StandIns | None = None) -> Iterator[None]:
+    def left_out(self, predict: Callable[[dict[str, Any]], Streams], unread: StandIns) -> Iterator[None]:
         """A predicted step: ``predict`` gets the first block's arguments by name and returns what enters the head.
 
         Where ``unread`` has a stand-in for what one of the spec's unread submodules would give, that does not run.
@@ -139,7 +137,7 @@ class Depth:
                 return value
             return predicted[stream].reshape(value.shape).to(value.dtype)
 
-        with self._exchanged(self._predicted, self._replaced, entered, left, unread):
+        with self._exchanged(self._predicted, entered, left, unread):
             yield
 
     def streams_of(self, block_output: Any) -> Streams:
@@ -238,7 +236,7 @@ class Depth:
                 places[stream.head] = nn.ModuleDict({k: self._head(stream, m) for k, m in head.items()})
             else:
                 places[stream.head] = self._head(stream, head)
-        return places
+        return places | {place: self._kept(place) if full else self._replaced(place) for place in self._unread_places()}
 
     def _last(self, block: nn.Module, first: Callable[..., Any]) -> nn.Module:
         run = first if block is self.first else block
@@ -289,7 +287,7 @@ class Depth:
                 places.append(place)
         return places
 
-    def _keeping(self, place: str) -> nn.Module:
+    def _kept(self, place: str) -> nn.Module:
         module = self._get(place)
 
         @uncompiled
@@ -300,7 +298,7 @@ class Depth:
 
         return Guise(module, keep)
 
-    def _replacing(self, place: str) -> nn.Module:
+    def _replaced(self, place: str) -> nn.Module:
         module = self._get(place)
 
         @uncompiled
@@ -311,24 +309,14 @@ class Depth:
         return Guise(module, replace)
 
     @contextmanager
-    def _exchanged(
-        self,
-        places: dict[str, nn.Module],
-        unread_places: dict[str, nn.Module],
-        entered: Any,
-        left: Any,
-        unread: StandIns | None,
-    ) -> Iterator[None]:
-        if unread is not None:
-            places, self._unread = places | unread_places, unread
-        self._entered, self._left = entered, left
+    def _exchanged(self, places: dict[str, nn.Module], entered: Any, left: Any, unread: StandIns) -> Iterator[None]:
+        self._entered, self._left, self._unread = entered, left, unread
         try:
             self._set(places)
             yield
         finally:
             self._set({place: self._originals[place] for place in places})
-            del self._entered, self._left
-            self._unread = {}
+            del self._entered, self._left, self._unread
 
     def _named(self, args: Any, kwargs: Any) -> dict[str, Any]:
         """The first block's arguments by name."""

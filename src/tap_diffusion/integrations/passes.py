@@ -103,16 +103,20 @@ class Passes:
                 self.engine.record(call, a, b, probe, stream)
 
         unread = self._unread(calls)
-        if unread is not None:
-            unread.clear()
+        unread.clear()
         with depth.watched(enter, leave, unread):
             return forward()
 
-    def _unread(self, calls: Sequence[Call]) -> StandIns | None:
-        """Stand-ins for unread submodules; None where they are to run, since the first block does, as a probe."""
-        config = self.engine.config
-        whole_block = config.chooses and not (self.spec.probe and config.probe == "modulated_input")
-        return None if whole_block or not self.spec.unread or len(calls) > 1 else self.engine.unread(calls[0])
+    def _unread(self, calls: Sequence[Call]) -> StandIns:
+        """Where stand-ins for unread submodules are kept; none are where the first block, run as probe, reads them, or
+        where one pass is for several branches."""
+        read = self.engine.config.chooses and not self._by_modulated_input
+        return {} if read or len(calls) > 1 else self.engine.unread(calls[0])
+
+    @property
+    def _by_modulated_input(self) -> bool:
+        """Whether this is the probe, and not what the first block adds."""
+        return self.spec.probe and self.engine.config.probe == "modulated_input"
 
     def _predict(self, depth: Depth, calls: Sequence[Call], forward: partial[Any]) -> tuple[Any, str | None]:
         """Run the model's own forward with its depth left out.
@@ -153,7 +157,7 @@ class Passes:
 
     def _probes(self, depth: Depth, arguments: dict[str, Any], output: Any = None) -> Streams:
         """Probe features h of each stream, (B, N, D'); the first block's output is computed where it is not given."""
-        if self.spec.probe and self.engine.config.probe == "modulated_input":
+        if self._by_modulated_input:
             name = self.spec.streams[0].argument
             h, x = _flat(depth.attention_input(arguments)), self._tokens(depth.split(arguments)[name])
             if h.shape[:2] != x.shape[:2]:
