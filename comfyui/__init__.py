@@ -59,8 +59,8 @@ class TAPAccelerate:
                         "default": "", "multiline": True,
                         "tooltip": "Any other settings: a JSON object of fields of TAPConfig, which come before those"
                         ' above. The paper with a cache in host memory, for example: {"interval": 6, "clock": "step",'
-                        ' "hindsight": 0, "family": "taylor", "orders": [0, 1, 2], "horizon_span": 4,'
-                        ' "sketch": 1, "offload": "cpu"}',
+                        ' "hindsight": 0, "family": "taylor", "orders": [0, 1, 2], "slopes": 1,'
+                        ' "horizon_span": 4, "sketch": 1, "offload": "cpu"}',
                     },
                 ),
             },

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tap_diffusion import ConfigError, TAPConfig, TAPWarning
+from tap_diffusion.config import Windows
 from tap_diffusion.engine import Engine, Fallback, _LateFlag
 from tap_diffusion.predictors import candidates, chebyshev
 from tap_diffusion.timeline import Timeline
@@ -87,9 +88,15 @@ def test_prediction_is_that_of_the_best_candidate() -> None:
     assert torch.equal(driver.engine.report.choices[0].index.long(), best)
 
 
-def test_what_changed_in_a_window_changes_again_in_the_next_however_long_it_is() -> None:
-    known = Timeline(tuple(20.0 / 2**i for i in range(12)), "flow")
-    engine = Engine(TAPConfig(full_steps=(0, 1, 4, 8), orders=(1,), hindsight=0.0))
+@pytest.mark.parametrize(
+    ("windows", "slopes", "carried"),
+    [("even", None, 1.0), ("growing", None, 0.4), ("growing", 1.0, 1.0), ("even", 0.25, 0.25), (None, None, 1.0)],
+)
+def test_what_changed_in_a_window_changes_again_in_the_next_however_long_it_is(
+    windows: Windows | None, slopes: float | None, carried: float
+) -> None:
+    known = Timeline((math.inf, *(20.0 / 2**i for i in range(11))), "flow")
+    engine = Engine(TAPConfig(full_steps=(0, 1, 4, 8), orders=(1,), windows=windows, slopes=slopes, hindsight=0.0))
     outputs: dict[int, Tensor] = {}
     for step in range(12):
         where = dataclasses.replace(call(step, last=step == 11), steps=12, timeline=known)
@@ -102,7 +109,7 @@ def test_what_changed_in_a_window_changes_again_in_the_next_however_long_it_is()
     assert sorted(outputs) == [2, 3, 5, 6, 7, 9, 10, 11]
     for step, (before, newest, following) in {2: (0, 1, 4), 3: (0, 1, 4), 6: (1, 4, 8)}.items():
         share = (known.pace[step] - known.pace[newest]) / (known.pace[following] - known.pace[newest])
-        expected = features(newest) + share * (features(newest) - features(before))
+        expected = features(newest) + carried * share * (features(newest) - features(before))
         torch.testing.assert_close(outputs[step], expected)
 
 

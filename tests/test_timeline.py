@@ -224,3 +224,13 @@ def test_random_and_scaled_steps_have_a_clock_and_no_hindsight(scheduler: Any) -
 def test_what_evaluates_twice_does_not_tell(scheduler: Any) -> None:
     scheduler.set_timesteps(STEPS)
     assert timeline(scheduler, 0) is None
+
+
+@pytest.mark.parametrize(("full", "share"), [(1, 0.1), (6, 0.6), (9, 0.9), (10, 1.0), (14, 1.0)])
+def test_fewer_than_ten_full_steps_shorten_slopes(full: int, share: float) -> None:
+    noise = (math.inf, *((50 - step) / step for step in range(1, 50)))
+    known = Timeline(noise, "flow", tuple(range(full)))
+    assert known.slopes == pytest.approx(share)
+    assert replace(known, full=()).slopes == 1.0
+    # From half way on, in the angle arcsin √σ, full steps are as dense as twice as many on the whole way.
+    assert replace(known, noise=noise[25:]).slopes == pytest.approx(min(1.0, 2 * share))

@@ -55,6 +55,9 @@ class TAPConfig:
         family: predictors to choose from, a key of :data:`tap_diffusion.predictors.FAMILIES`.
         orders: orders of the candidates. Order 0 reuses the newest anchor; order m needs m + 1 anchors. With a
             single order and ``horizon_span=0`` nothing is left to choose: a fixed predictor, and no probe runs.
+        slopes: share of each candidate's extrapolation that is carried out, the rest being reuse of the newest anchor:
+            1 all of it, as in the paper, 0 nothing. None: all, but with ``growing`` windows and fewer than ten full
+            steps a tenth for each (:attr:`Timeline.slopes <tap_diffusion.timeline.Timeline.slopes>`).
         history: anchors to keep, for families that use more than the largest order plus one, which is the default.
             The cache grows with it, and so does rounding, since differences are kept: above 8 use
             ``cache_dtype="float32"``, which suffices up to about 14.
@@ -87,6 +90,7 @@ class TAPConfig:
     hindsight: float = 1.0
     family: str = "newton"
     orders: tuple[int, ...] = (1, 2)
+    slopes: float | None = None
     history: int | None = None
     horizon_span: float = 0.0
     horizon_step: float = 1.0
@@ -128,6 +132,8 @@ class TAPConfig:
             and all(_is_int(order) and 0 <= order <= MAX_ORDER for order in self.orders),
             f"a non-empty tuple of distinct integers from 0 to {MAX_ORDER}",
         )
+        slopes = self.slopes
+        self._require("slopes", slopes is None or (_is_number(slopes) and 0 <= slopes <= 1), "None or from 0 to 1")
         needed = max(self.orders) + 1
         self._require(
             "history",
@@ -168,8 +174,8 @@ class TAPConfig:
             interval = 6
         settings = dict(
             interval=interval, warmup=3, clock="step", hindsight=0.0, family="taylor", orders=(0, 1, 2),
-            horizon_span=4.0, horizon_step=1.0, loss="cosine", granularity="token", probe="modulated_input",
-            sketch=1,
+            slopes=1.0, horizon_span=4.0, horizon_step=1.0, loss="cosine", granularity="token",
+            probe="modulated_input", sketch=1,
         )  # fmt: skip
         return cls(**settings | changes)
 

@@ -303,6 +303,11 @@ def _coefficients(
     members, weights = candidates(
         config.family, config.orders, config.horizon_span, config.horizon_step, at[:-1], at[-1]
     )
+    slopes = config.slopes
+    if slopes is None:
+        slopes = timeline.slopes if timeline is not None and config.windows == "growing" else 1.0
+    weights *= slopes
+    weights[:, 0] += 1 - slopes
     return members, torch.from_numpy(np.linalg.solve(difference_matrix(times).T, weights.T).T)
 
 

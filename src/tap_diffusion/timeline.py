@@ -61,6 +61,16 @@ class Timeline:
         windows = np.interp(self.pace, [*places, self.pace[-1]], [*range(len(places)), len(places) - 1 + after])
         return tuple((windows * (len(self) - 1) / windows[-1]).tolist())
 
+    @property
+    def slopes(self) -> float:
+        """Share of the slopes seen at n full steps to carry on in windows that grow: n / 10 with n < 10, else 1.
+
+        The longer windows are, the less the change in one tells of the next (docs/beyond.md). Where a trajectory begins
+        with less than pure noise (image to image), n counts as for the whole way of which it is part.
+        """
+        way = math.atan(math.sqrt(self.noise[0])) / (math.pi / 2)
+        return min(1.0, len(self.full) / (10 * way)) if self.full else 1.0
+
     def hindsight(self, anchors: Sequence[int], step: int) -> float:
         """By how much of its surprise the output of a full step is to be moved, to make up for the window before.
 

@@ -29,6 +29,7 @@ GROUPS = {
     "schedule": "The same number of full steps elsewhere.",
     "hindsight": "Share of the window's error that the next full step makes up for.",
     "predictors": "Single predictors for all tokens, and sets of which each token takes one.",
+    "slopes": "Share of each extrapolation that is carried out, the rest being reuse.",
     "orders": "Single orders at the full horizon, and sets of orders to choose from, with the horizon k alone (λ = 0)"
     " and with the paper's window (λ = 4).",
     "horizon span": "Width of the window of horizons {k - λ, …, k}, in steps of δ = 1.",

@@ -203,6 +203,9 @@ def beyond() -> Iterator[Ablation]:
     yield _configured("predictors", "Taylor {0, 1, 2}", family="taylor")
     yield _configured("predictors", "Taylor {0, 1, 2}, λ = 4", family="taylor", horizon_span=4.0)
     yield _configured("predictors", "FoCa {2}", family="foca", orders=(2,))
+    yield _configured("slopes", "whole in even windows")
+    for share in (0.25, 0.5, 0.75, 1.0):
+        yield _configured("slopes", f"{share:g}", slopes=share)
     for granularity in ("token", "sample", "batch"):
         yield _configured("granularity", granularity, granularity=granularity)
     yield Ablation("granularity", "tokens shuffled", _shuffled)
