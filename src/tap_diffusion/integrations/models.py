@@ -46,7 +46,7 @@ class TransformerSpec:
         full_only: arguments of the transformer that predicted steps go without, since its blocks have to use them up.
         unread: submodules (or lists of them), mostly embeddings of text and of positions, whose output reaches neither
             the stream nor the modulated input nor the head. Predicted steps go without them.
-        video: it makes videos, for which another schedule is the default.
+        video: it makes videos, for which another schedule is the default, and with it shorter slopes.
         note: for users, in the table of models.
     """
 
