@@ -28,7 +28,7 @@ from tap_diffusion.bench import judges, metrics, recipes, scores
 from tap_diffusion.bench.bench import Bench, Suite
 from tap_diffusion.bench.calibration import SEED, Calibration
 from tap_diffusion.bench.counting import counted, flops, live_bytes
-from tap_diffusion.bench.methods import Method, Variant, load, on_engine, planned, registry, schedules
+from tap_diffusion.bench.methods import Method, Setting, Variant, load, on_engine, planned, registry, schedules
 from tap_diffusion.bench.methods.solvers import AdamsBashforth2Scheduler
 from tap_diffusion.bench.methods.spectrum import growing
 from tap_diffusion.bench.models import BenchModel, any_pipeline, draw
@@ -174,8 +174,6 @@ def test_solvers_approach_the_full_result_and_leave_the_scheduler(name: str) -> 
 
 
 def setting(calibration: Calibration, budget: int) -> Any:
-    from tap_diffusion.bench.methods import Setting
-
     return Setting(calibration.pipe, calibration.steps, budget, calibration)
 
 
@@ -207,6 +205,44 @@ def test_methods_on_the_engine_keep_to_the_budget(name: str, monkeypatch: pytest
         assert full_steps == pytest.approx(4, abs=1)
     again, _ = calibration.run(None)
     assert torch.equal(again.pictures, plain.pictures)
+
+
+@pytest.mark.parametrize("confirmed", [True, False])
+def test_a_plan_that_other_samples_do_not_confirm_gives_way(confirmed: bool) -> None:
+    """The samples that are searched on want full steps late; those apart from them want them late or early."""
+
+    class Wanted:
+        timeline = None
+
+        def __init__(self, late: bool, apart: Any = None) -> None:
+            self.sign, self.apart = (1 if late else -1), apart
+            self.asked: list[tuple[int, ...]] = []
+
+        def quality(self, variant: Variant) -> tuple[float, float]:
+            self.asked.append(tuple(variant.settings["full_steps"]))
+            return float(self.sign * sum(self.asked[-1])), 4.0
+
+    def asked(apart: Wanted | None) -> Setting:
+        calibration: Any = Wanted(late=True, apart=apart)
+        return Setting(None, 20, 4, calibration)
+
+    early, apart = (0, 1, 2, 3), Wanted(late=confirmed)
+    late = planned.plan(asked(None), TAPConfig)
+    assert sum(late) > sum(early)
+    assert planned.plan(asked(apart), TAPConfig, recommended=early) == (late if confirmed else early)
+    assert apart.asked == [early, late]
+    best_start = max(schedules(asked(None)).values(), key=sum)
+    assert planned.plan(asked(apart), TAPConfig) == (late if confirmed else best_start)
+
+
+def test_the_bench_keeps_samples_apart_where_there_are_more(tmp_path: Path) -> None:
+    run = bench(tmp_path / "two", "tap")
+    assert run.calibration.apart is None
+    more = tiny_model(calibration=["red book", "blue frog", "green leaf"])
+    run = Bench(more, {"tap": registry()["tap"]}, SUITE, (4,), tmp_path / "three", STEPS)
+    assert run.calibration.apart is not None
+    assert list(run.calibration.apart.model.calibration) == ["green leaf"]
+    assert run.calibration.apart.seed == SEED + 2
 
 
 def test_a_threshold_is_found_for_a_budget() -> None:
@@ -292,6 +328,14 @@ def test_a_run_that_was_interrupted_goes_on(tmp_path: Path) -> None:
     timed = ("time_speedup", "time_speedup_range", "memory_bytes")
     for one, other in zip(resumed, fresh, strict=True):
         assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
+
+
+@pytest.mark.slow
+def test_a_run_need_not_be_timed(tmp_path: Path) -> None:
+    suite = replace(SUITE, samples=1, repeats=0)
+    cells = Bench(tiny_model(), {"tap": registry()["tap"]}, suite, (4,), tmp_path, STEPS).run()
+    assert [cell["time_speedup"] for cell in cells[1:]] == [None]
+    assert cells[1]["psnr_db"] > 0
 
 
 def test_methods_that_can_do_nothing_here_are_named(tmp_path: Path) -> None:

@@ -58,7 +58,8 @@ def test_models_tell_a_good_method_from_a_bad_one(name: str) -> None:
 def test_measured_and_calibration_conditions_are_apart() -> None:
     for name in ("emoji", "sprites"):
         model = MODELS[name]()
-        assert len(model.measured) >= 64
+        assert len(model.measured) == 256
+        assert len(set(model.measured[:64])) == 64
         assert len(model.calibration) == 32
         assert not set(model.measured) & set(model.calibration)
 

@@ -7,8 +7,10 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -326,6 +328,18 @@ def test_options_reach_the_bench(folder: Path, fake: type[FakeBench]) -> None:
     assert (folder / "report.html").exists()
 
 
+def test_the_suite_can_be_changed_in_samples_and_repeats(
+    folder: Path, fake: type[FakeBench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MODELS, "emoji", lambda: SimpleNamespace(name="emoji", measured=["a cat"] * 5))
+    assert run("--samples", 5, "--repeats", 0, "--out", folder).exit_code == 0
+    assert fake.asked[2] == replace(bench.SUITES["quick"], samples=5, repeats=0)
+    assert "--suite quick --samples 5 --repeats 0 --budgets 8" in (folder / "command.txt").read_text()
+    result = run("--samples", 6, "--out", folder)
+    assert result.exit_code == 2
+    assert "emoji has 5 samples to be measured on, not 6; give that or less" in result.stderr
+
+
 def test_the_suite_gives_methods_and_budgets(folder: Path, fake: type[FakeBench]) -> None:
     assert run("--out", folder).exit_code == 0
     assert tuple(fake.asked[1]) == bench.SUITES["quick"].methods
@@ -410,8 +424,8 @@ def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_help_names_every_option() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for option in ("--model", "--suite", "--methods", "--budgets", "--steps", "--report-only", "--out"):
-        assert option in result.output
+    for option in ("model", "suite", "methods", "budgets", "steps", "samples", "repeats", "report-only", "out"):
+        assert f"--{option}" in result.output
 
 
 def test_the_files_dates_are_shown(folder: Path) -> None:

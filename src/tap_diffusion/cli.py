@@ -276,6 +276,10 @@ def bench(
     steps: Annotated[
         int | None, _option("What", help="Denoising steps of the full result.", min=3, default="50")
     ] = None,
+    samples: Annotated[int | None, _option("What", help="Measured in each cell.", min=1, default="the suite's")] = None,
+    repeats: Annotated[
+        int | None, _option("What", help="Timed runs of each cell; 0: none.", min=0, default="the suite's")
+    ] = None,
     report_only: Annotated[bool, _option("Output", "--report-only", help="Make the report of --out again.")] = False,
     out: Annotated[Path, _option("Output", "--out", "-o", help="Folder; a run begun there goes on.")] = Path("bench"),
 ) -> None:
@@ -298,9 +302,12 @@ def bench(
                 "--prompts": prompt_file,
                 "--dtype": None if dtype == DType.auto else dtype.value,
                 "--device": device,
+                "--suite": suite.value,
+                "--samples": samples,
+                "--repeats": repeats,
             }
             command = [part for name, value in given.items() if value is not None for part in (name, str(value))]
-            _run_bench(setup, suite, methods, wanted, steps, out, command)
+            _run_bench(setup, suite, samples, repeats, methods, wanted, steps, out, command)
         page, cells = write_report(out), read_cells(out)
     except (ConfigError, UnsupportedModelError, UsageError) as error:
         raise _failed(error) from None
@@ -391,14 +398,22 @@ def _setup(
 
 
 def _run_bench(
-    setup: tuple[BenchModel, Recipe | None], suite: SuiteName, given: list[str] | None, budgets: list[int] | None,
-    steps: int | None, out: Path, command: list[str],
+    setup: tuple[BenchModel, Recipe | None], suite: SuiteName, samples: int | None, repeats: int | None,
+    given: list[str] | None, budgets: list[int] | None, steps: int | None, out: Path, command: list[str],
 ) -> None:  # fmt: skip
     from tap_diffusion.bench.bench import SUITES, Bench
     from tap_diffusion.bench.methods import Method, load, registry
 
     model, recipe = setup
     does = SUITES[suite]
+    if repeats is not None:
+        does = replace(does, repeats=repeats)
+    if samples is not None:
+        if samples > len(model.measured):
+            raise UsageError(
+                f"{model.name} has {len(model.measured)} samples to be measured on, not {samples}; give that or less"
+            )
+        does = replace(does, samples=samples)
     steps = steps or (recipe.steps if recipe else 50)
     budgets = budgets or list((recipe and recipe.budgets) or does.budgets)
     for budget in budgets:
@@ -424,7 +439,7 @@ def _run_bench(
         methods = {name: method for name, method in known.items() if not method.only_by_name}
     _make_writable(out)
     run = Bench(model, methods, does, budgets, out, steps)
-    command = ["tap", "bench", *command, "--suite", suite.value]
+    command = ["tap", "bench", *command]
     command += ["--methods", ",".join(names)] if names else []
     command += ["--budgets", ",".join(map(str, budgets)), "--steps", str(steps), "--out", str(out)]
     (out / "command.txt").write_text(shlex.join(command) + "\n", encoding="utf-8")

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from tap_diffusion import __version__
 from tap_diffusion.bench import BASELINE, metrics
-from tap_diffusion.bench.calibration import Calibration, run, run_all
+from tap_diffusion.bench.calibration import SEED, Calibration, run, run_all
 from tap_diffusion.bench.counting import Counts, flops, live_bytes
 from tap_diffusion.bench.methods import Method, Setting, Variant
 from tap_diffusion.bench.models import BenchModel, Drawn
@@ -47,7 +47,7 @@ class Suite:
 
     Attributes:
         samples: measured in each cell.
-        tuned_on: calibration samples.
+        tuned_on: calibration samples; as many more, where there are, tell whether a plan made on them holds.
         budgets: full evaluations, where none are given.
         methods: names, or None for all.
         timed: samples in each timed run; repeats: timed runs of each cell.
@@ -99,8 +99,10 @@ class Bench:
         self.pipe = model.load()
         self.pipe.set_progress_bar_config(disable=True)
         self.measured = list(model.measured[: suite.samples])
-        tuned_on = replace(model, calibration=model.calibration[: suite.tuned_on])
-        self.calibration = Calibration(self.pipe, tuned_on, steps, out / "calibration")
+        count = suite.tuned_on
+        tuned_on, other = (replace(model, calibration=model.calibration[i : i + count]) for i in (0, count))
+        apart = Calibration(self.pipe, other, steps, seed=SEED + count) if other.calibration else None
+        self.calibration = Calibration(self.pipe, tuned_on, steps, out / "calibration", apart=apart)
 
     def run(self) -> list[dict[str, Any]]:
         """Do what is left to do; return the cells and write ``results.json`` and ``samples.parquet``.
@@ -227,8 +229,7 @@ class Bench:
 
     def _time(self, chosen: Mapping[tuple[str, int], Variant]) -> None:
         """Time every cell, a few at a time between two runs of the plain pipeline, in another order each time."""
-        file = self.out / "times.json"
-        times: dict[str, list[float]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        times = self._times()
         todo = []
         for repeat in range(self.suite.repeats):
             cells = sorted(chosen)
@@ -250,7 +251,12 @@ class Bench:
                     for cell in group:
                         times.setdefault(_key(cell), []).append((before + after) / 2 / seconds[cell])
                     before = after
-                    write_json(file, times)
+                    write_json(self.out / "times.json", times)
+
+    def _times(self) -> dict[str, list[float]]:
+        """What has been timed: each cell's ratios to the plain pipeline."""
+        file = self.out / "times.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
     def _seconds(self, variant: Variant | None) -> float:
         conditions = self.measured[: self.suite.timed]
@@ -265,7 +271,7 @@ class Bench:
         tables = {file.stem: pq.read_table(file) for file in sorted((self.out / "cells").glob("*.parquet"))}
         joined = pa.concat_tables(tables.values(), promote_options="default")
         write_whole(self.out / "samples.parquet", lambda partial: pq.write_table(joined, partial))
-        times = json.loads((self.out / "times.json").read_text(encoding="utf-8"))
+        times = self._times()
         full = tables.pop("full")
         cells = [self._cell("full", "full", self.steps, full, full, None, times)]
         for budget in self.budgets:

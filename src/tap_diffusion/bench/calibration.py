@@ -48,10 +48,20 @@ class Calibration:
         model: whose calibration samples count.
         steps: of the full result.
         folder: where what has been fitted is kept; None keeps nothing.
+        seed: of the first sample.
+        apart: the same with other samples, to see whether what was searched for on these holds; None if there are none.
     """
 
-    def __init__(self, pipe: Any, model: BenchModel, steps: int, folder: Path | None = None) -> None:
-        self.pipe, self.model, self.steps = pipe, model, steps
+    def __init__(
+        self,
+        pipe: Any,
+        model: BenchModel,
+        steps: int,
+        folder: Path | None = None,
+        seed: int = SEED,
+        apart: Calibration | None = None,
+    ) -> None:
+        self.pipe, self.model, self.steps, self.seed, self.apart = pipe, model, steps, seed, apart
         self._folder = folder
         self.trajectories = cache(self._trajectories)
 
@@ -64,7 +74,7 @@ class Calibration:
     def calls_per_step(self) -> int:
         """Full evaluations of the plain pipeline per step, one for each branch that is called separately."""
         with counted(self.pipe) as counts:
-            draw(self.pipe, self.model, self.model.calibration[:1], SEED, num_inference_steps=2)
+            draw(self.pipe, self.model, self.model.calibration[:1], self.seed, num_inference_steps=2)
         return counts.full // 2
 
     @cached_property
@@ -79,14 +89,14 @@ class Calibration:
 
         variant = on_engine("", TAPConfig.paper(), Look)
         with suppress(_SeenError):
-            run(self.pipe, self.model, variant, self.model.calibration[:1], SEED, self.steps)
+            run(self.pipe, self.model, variant, self.model.calibration[:1], self.seed, self.steps)
         return seen[0] if seen else None
 
     def run(self, variant: Variant | None, samples: int | None = None) -> tuple[Drawn, float]:
         """The first calibration samples or all, and the mean number of full steps; None runs the plain pipeline."""
         counts = Counts()
         conditions = self.model.calibration[:samples]
-        drawn = run_all(self.pipe, self.model, variant, conditions, SEED, self.steps, counts)
+        drawn = run_all(self.pipe, self.model, variant, conditions, self.seed, self.steps, counts)
         batches = -(-len(conditions) // self.model.batch)
         return drawn, counts.full / self.calls_per_step / batches
 
@@ -137,7 +147,7 @@ class Calibration:
         """Probe features and residuals of the first batch of calibration samples at every step."""
         recorder = _Recorder(TAPConfig.paper(full_steps=tuple(range(self.steps)), probe=probe))
         variant = on_engine("all", recorder.config, lambda _: recorder)
-        run(self.pipe, self.model, variant, self.model.calibration[: self.model.batch], SEED, self.steps)
+        run(self.pipe, self.model, variant, self.model.calibration[: self.model.batch], self.seed, self.steps)
         return Trajectories(
             *([torch.stack(features) for features in kind.values()] for kind in (recorder.probes, recorder.residuals))
         )

@@ -21,6 +21,8 @@ from tap_diffusion.demo.train import MAX_TOKENS
 from tap_diffusion.errors import UsageError
 from tap_diffusion.generate import load_pipeline
 
+MEASURED = 256  # samples that the bench's own models have to be measured on
+
 
 @dataclass(frozen=True)
 class BenchModel:
@@ -92,8 +94,10 @@ def _last_latents(pipe: Any) -> Iterator[list[Tensor]]:
 def emoji() -> BenchModel:
     """The embedded FLUX: flow matching, text, two calls a step for guidance."""
     captions = sorted(set(data.captions().values()))
-    measured = [captions[i * len(captions) // 64] for i in range(64)]
+    measured = _spread(captions, 64)
     others = [caption for caption in captions if caption not in measured]
+    calibration = _spread(others, 32)
+    more = [caption for caption in others if caption not in calibration]
 
     def arguments(prompts: Sequence[str]) -> dict[str, Any]:
         return {
@@ -104,8 +108,8 @@ def emoji() -> BenchModel:
     return BenchModel(
         "emoji",
         lambda: FluxPipeline.from_pretrained(EMOJI, dtype=torch.float32),
-        measured,
-        [others[i * len(others) // 32] for i in range(32)],
+        measured + _spread(more, MEASURED - 64),
+        calibration,
         arguments,
         scores=[judges.caption_of_emoji],
     )
@@ -116,7 +120,7 @@ def fashion() -> BenchModel:
     return BenchModel(
         "fashion",
         lambda: PixelDiTPipeline.from_pretrained(WEIGHTS / "fashion", dtype=torch.float32),
-        [i % 10 for i in range(200)],
+        [i % 10 for i in range(MEASURED)],
         [i % 10 for i in range(32)],
         lambda labels: {"class_labels": list(labels), "guidance_scale": 1.5},
         batch=16,
@@ -127,15 +131,20 @@ def fashion() -> BenchModel:
 
 def sprites_() -> BenchModel:
     """Text to video: a moving emoji over a still ground; flow matching, guidance in two calls with their contexts."""
-    known = sprites.captions("train")
+    unseen = sprites.captions("test")
     return BenchModel(
         "sprites",
         lambda: PixelWanPipeline.from_pretrained(WEIGHTS / "sprites", dtype=torch.float32),
-        sprites.captions("test"),
-        [known[i * len(known) // 32] for i in range(32)],
+        [unseen[i % len(unseen)] for i in range(MEASURED)],
+        _spread(sprites.captions("train"), 32),
         lambda prompts: {"prompt": list(prompts), "guidance_scale": 3.0},
         scores=[judges.caption_of_sprite],
     )
+
+
+def _spread(items: Sequence[Any], count: int) -> list[Any]:
+    """As many of them, evenly spread."""
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def any_pipeline(recipe: Recipe, conditions: Sequence[Any], dtype: torch.dtype, device: str) -> BenchModel:

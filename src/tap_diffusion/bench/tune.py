@@ -61,6 +61,12 @@ def search(
     return best
 
 
+def recommended_steps(setting: Setting) -> tuple[int, ...]:
+    """The full steps of ``TAPConfig(full_steps=budget)``."""
+    config = on_pipeline(setting.pipe, TAPConfig(full_steps=setting.budget))
+    return spaced_steps(config, setting.steps, setting.budget, setting.calibration.timeline)
+
+
 @dataclass(frozen=True)
 class Tuning:
     """Searches, one for each budget, in one folder.
@@ -111,8 +117,7 @@ class Tuning:
         full = None
         for budget in self.budgets:
             setting = Setting(pipe, self.steps, budget, calibration)
-            config = on_pipeline(pipe, TAPConfig(full_steps=budget))
-            start = spaced_steps(config, self.steps, budget, calibration.timeline)
+            start = recommended_steps(setting)
             found = self._search(setting, start)
             row: dict[str, Any] = {"budget": budget, "recommended": list(start), "planned": list(found), "gain_db": 0.0}
             if found != start:

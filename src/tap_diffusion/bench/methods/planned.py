@@ -1,45 +1,67 @@
 """Full steps that were searched for, for one budget, by what they do to the final picture of the calibration samples.
 
 TAP as ``tap tune`` plans it, and TaylorSeer on full steps found in the same way, so that the search is not all that is
-compared. The idea is BudCache's, the search our own.
+compared. The idea is BudCache's, the search our own. A plan that other calibration samples do not confirm gives way to
+the schedule that would be taken without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 
-from tap_diffusion.bench.methods import Kind, Method, Setting, Variant, on_engine, schedules
-from tap_diffusion.bench.tune import EVALUATIONS, search
+from tap_diffusion.bench.calibration import Calibration
+from tap_diffusion.bench.methods import Method, Setting, Variant, on_engine, schedules
+from tap_diffusion.bench.tune import EVALUATIONS, recommended_steps, search
 from tap_diffusion.config import TAPConfig
 
-
-def _planned(name: str, kind: Kind, source: str, configs: dict[str, Callable[..., TAPConfig]]) -> Method:
-    def variants(setting: Setting) -> Iterator[Variant]:
-        calibration, starts = setting.calibration, list(schedules(setting).values())
-        for label, config in configs.items():
-
-            def plan(label: str = label, config: Callable[..., TAPConfig] = config) -> tuple[int, ...]:
-                def quality(full_steps: tuple[int, ...]) -> float:
-                    return calibration.quality(on_engine(label, config(full_steps=full_steps)))[0]
-
-                return search(quality, starts, setting.steps, EVALUATIONS)
-
-            full = calibration.fitted("-".join([name, *label.split(), str(setting.budget)]), plan)
-            yield on_engine(label, config(full_steps=tuple(full)))
-
-    return Method(name, kind, source, variants, only_by_name=True)
+Steps = tuple[int, ...]
 
 
-def _taylor(order: int) -> Callable[..., TAPConfig]:
-    return lambda full_steps: TAPConfig.paper(full_steps=full_steps, orders=(order,), horizon_span=0.0)
+def plan(setting: Setting, config: Callable[..., TAPConfig], recommended: Steps | None = None) -> Steps:
+    """Full steps for one budget.
+
+    Args:
+        setting: whose calibration samples are searched on; those apart from them, if any, confirm the plan.
+        config: what is planned for, of its ``full_steps``.
+        recommended: the schedule without a plan; None is the best on the samples that are searched on.
+    """
+
+    def quality_on(calibration: Calibration) -> Callable[[Steps], float]:
+        return cache(lambda full: calibration.quality(on_engine("", config(full_steps=full)))[0])
+
+    quality, starts = quality_on(setting.calibration), list(schedules(setting).values())
+    found = search(quality, starts, setting.steps, EVALUATIONS)
+    without = recommended or max(starts, key=quality)
+    if setting.calibration.apart is None or found == without:
+        return found
+    return max(without, found, key=quality_on(setting.calibration.apart))
+
+
+def _planned(
+    setting: Setting, title: str, name: str, config: Callable[..., TAPConfig], recommended: Steps | None = None
+) -> Variant:
+    full = setting.calibration.fitted(f"{name}-{setting.budget}", lambda: plan(setting, config, recommended))
+    return on_engine(title, config(full_steps=tuple(full)))
+
+
+def _tap(setting: Setting) -> Iterator[Variant]:
+    yield _planned(setting, "planned", "tap-planned", TAPConfig, recommended_steps(setting))
+
+
+def _taylorseer(setting: Setting) -> Iterator[Variant]:
+    for order in (1, 2):
+        config = partial(TAPConfig.paper, orders=(order,), horizon_span=0.0)
+        yield _planned(setting, f"planned, order {order}", f"taylorseer-planned-{order}", config)
 
 
 METHODS = [
-    _planned("tap-planned", "tap", "docs/beyond.md", {"planned": TAPConfig}),
-    _planned(
+    Method("tap-planned", "tap", "docs/beyond.md", _tap, only_by_name=True),
+    Method(
         "taylorseer-planned",
         "rival",
         "TaylorSeer, arXiv 2503.06923, on full steps searched as BudCache does",
-        {f"planned, order {order}": _taylor(order) for order in (1, 2)},
+        _taylorseer,
+        only_by_name=True,
     ),
 ]
