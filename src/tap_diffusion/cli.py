@@ -26,6 +26,7 @@ from tap_diffusion.errors import ConfigError, UnsupportedModelError, UsageError
 if TYPE_CHECKING:
     import torch
 
+    from tap_diffusion.bench.bench import Suite
     from tap_diffusion.bench.models import BenchModel
     from tap_diffusion.bench.recipes import Recipe
 
@@ -307,7 +308,7 @@ def bench(
                 "--repeats": repeats,
             }
             command = [part for name, value in given.items() if value is not None for part in (name, str(value))]
-            _run_bench(setup, suite, samples, repeats, methods, wanted, steps, out, command)
+            _run_bench(setup, _suite(suite, setup[0], samples, repeats), methods, wanted, steps, out, command)
         page, cells = write_report(out), read_cells(out)
     except (ConfigError, UnsupportedModelError, UsageError) as error:
         raise _failed(error) from None
@@ -397,25 +398,30 @@ def _setup(
     return any_pipeline(made, prompts, weights, placed), made
 
 
-def _run_bench(
-    setup: tuple[BenchModel, Recipe | None], suite: SuiteName, samples: int | None, repeats: int | None,
-    given: list[str] | None, budgets: list[int] | None, steps: int | None, out: Path, command: list[str],
-) -> None:  # fmt: skip
-    from tap_diffusion.bench.bench import SUITES, Bench
-    from tap_diffusion.bench.methods import Method, load, registry
+def _suite(name: SuiteName, model: BenchModel, samples: int | None, repeats: int | None) -> Suite:
+    """A suite, with another number of samples or timed runs if wanted."""
+    from tap_diffusion.bench.bench import SUITES
 
-    model, recipe = setup
-    does = SUITES[suite]
-    if repeats is not None:
-        does = replace(does, repeats=repeats)
+    suite = SUITES[name]
     if samples is not None:
         if samples > len(model.measured):
             raise UsageError(
                 f"{model.name} has {len(model.measured)} samples to be measured on, not {samples}; give that or less"
             )
-        does = replace(does, samples=samples)
+        suite = replace(suite, samples=samples)
+    return suite if repeats is None else replace(suite, repeats=repeats)
+
+
+def _run_bench(
+    setup: tuple[BenchModel, Recipe | None], suite: Suite, given: list[str] | None, budgets: list[int] | None,
+    steps: int | None, out: Path, command: list[str],
+) -> None:  # fmt: skip
+    from tap_diffusion.bench.bench import Bench
+    from tap_diffusion.bench.methods import Method, load, registry
+
+    model, recipe = setup
     steps = steps or (recipe.steps if recipe else 50)
-    budgets = budgets or list((recipe and recipe.budgets) or does.budgets)
+    budgets = budgets or list((recipe and recipe.budgets) or suite.budgets)
     for budget in budgets:
         if not 2 <= budget < steps:
             raise UsageError(f"budget {budget} is not between 2 and {steps - 1}, one less than the steps")
@@ -433,12 +439,12 @@ def _run_bench(
                 methods[name] = known[name]
             else:
                 raise UsageError(f"unknown method '{name}': give a FILE.py or some of {', '.join(known)}")
-    elif does.methods is not None:
-        methods = {name: known[name] for name in does.methods}
+    elif suite.methods is not None:
+        methods = {name: known[name] for name in suite.methods}
     else:
         methods = {name: method for name, method in known.items() if not method.only_by_name}
     _make_writable(out)
-    run = Bench(model, methods, does, budgets, out, steps)
+    run = Bench(model, methods, suite, budgets, out, steps)
     command = ["tap", "bench", *command]
     command += ["--methods", ",".join(names)] if names else []
     command += ["--budgets", ",".join(map(str, budgets)), "--steps", str(steps), "--out", str(out)]
