@@ -13,6 +13,7 @@ import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel, MagCacheConfig
 from torch import Tensor
 
+import tap_diffusion as tap
 from tap_diffusion.bench.calibration import SEED, Calibration, run
 from tap_diffusion.bench.counting import Counts, counted
 from tap_diffusion.bench.methods import Setting, Variant, cachedit, diffusers_caches, registry
@@ -225,6 +226,14 @@ def test_diffusers_takes_what_it_knows() -> None:
         assert full_steps < STEPS
         assert not torch.equal(drawn.latents, plain)
         assert attributes(setting.pipe) == before
+
+
+def test_tap_refuses_to_work_with_cache_dit(on_flux: Setting) -> None:
+    with (
+        variants(on_flux, "cache-dit")[0].applied(on_flux.pipe),
+        pytest.raises(ValueError, match=r"FluxTransformer2DModel uses cache-dit.*cache_dit.disable_cache"),
+    ):
+        tap.enable(on_flux.pipe)
 
 
 def test_without_cache_dit(on_flux: Setting, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -315,3 +315,5 @@ def test_report_prints_and_counts() -> None:
     values: dict[str, Any] = driver.engine.report.to_dict()
     assert values["full_calls"] == 5
     assert str(Engine(CONFIG).report) == "TAP: nothing has run yet"
+    with pytest.warns(TAPWarning):
+        assert "predicted step" not in str(Driver().run(3).engine.report)

@@ -330,6 +330,22 @@ class TestPromise6:
         with pytest.raises(ValueError, match=r"FirstBlockCacheConfig.*disable_cache"):
             tap.enable(pipe)
 
+    def test_another_cache_is_enabled_later(self, pipe: Any) -> None:
+        fresh = sample(pipe)
+        with tap.enabled(pipe):
+            pipe.transformer.enable_cache(FirstBlockCacheConfig())
+            with pytest.raises(ValueError, match=r"FirstBlockCacheConfig.*disable_cache"):
+                sample(pipe)
+            pipe.transformer.disable_cache()
+            assert not torch.equal(sample(pipe), fresh)
+        assert torch.equal(sample(pipe), fresh)
+
+    @pytest.mark.parametrize("config", [{"speedup": 5}, tap.TAPConfig, 5])
+    def test_a_configuration_of_another_type_is_named(self, pipe: Any, config: Any) -> None:
+        with pytest.raises(TypeError, match="give a TAPConfig"):
+            tap.enable(pipe, config)
+        assert "_diffusers_hook" not in vars(pipe.transformer)
+
     def test_too_few_steps_warn(self, pipe: Any) -> None:
         with tap.enabled(pipe), pytest.warns(TAPWarning, match="of its 3 steps speedup=5 leaves none to skip"):
             sample(pipe, steps=3)

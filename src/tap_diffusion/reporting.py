@@ -161,7 +161,8 @@ class Report:
         lines = [
             f"TAP: {self.steps} steps, {self.full_steps} full and {self.predicted_steps} predicted"
             f" ({self.evaluations_speedup:.2f}x fewer evaluations)",
-            f"  time per full step {self.full_step_ms:.1f} ms, per predicted step {self.predicted_step_ms:.1f} ms",
+            f"  time per full step {self.full_step_ms:.1f} ms"
+            + (f", per predicted step {self.predicted_step_ms:.1f} ms" if self.predicted_steps else ""),
             f"  cache {self.cache_bytes / 1e6:.2f} MB",
         ]
         shares = self.shares()

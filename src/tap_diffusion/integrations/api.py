@@ -15,7 +15,7 @@ from torch import nn
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.errors import UnsupportedModelError
 from tap_diffusion.integrations.depth import Depth, parameters, unwrapped
-from tap_diffusion.integrations.hook import TAPHook
+from tap_diffusion.integrations.hook import TAPHook, refuse_other_caches
 from tap_diffusion.integrations.models import REFUSED, SPECS, Stream, TransformerSpec
 from tap_diffusion.reporting import Report
 
@@ -49,19 +49,19 @@ def apply_tap(
 
     Raises:
         UnsupportedModelError: the class is not known and no blocks are named, or it can't be accelerated.
-        ValueError: another cache of diffusers is enabled on it.
+        ValueError: another cache is enabled on it, diffusers' or cache-dit's.
+        TypeError: ``config`` is something else than a ``TAPConfig``.
     """
+    config = TAPConfig() if config is None else config
+    if not isinstance(config, TAPConfig):
+        raise TypeError(f"config is {config!r}; give a TAPConfig, such as TAPConfig(speedup=5)")
     module = unwrapped(module)
     if spec is None:
         spec = _spec(module) if blocks is None else _inferred_spec(module, blocks, probe)
     depth = Depth(module, spec)  # raises where this one lacks what its class should have
-    if getattr(module, "is_cache_enabled", False):
-        raise ValueError(
-            f"{type(module).__name__} already uses diffusers' {type(module._cache_config).__name__};"
-            " call its disable_cache() before enabling TAP"
-        )
+    refuse_other_caches(module)
     previous = _hook(module)
-    hook = TAPHook(config or TAPConfig(), depth)
+    hook = TAPHook(config, depth)
     if previous is not None:
         hook.tracker.schedulers = previous.tracker.schedulers
         _remove(module)
@@ -84,6 +84,7 @@ def enable(target: DiffusionPipeline | nn.Module, config: TAPConfig | None = Non
 
     Raises:
         UnsupportedModelError: the message names the class and the reason.
+        ValueError, TypeError: see :func:`apply_tap`.
     """
     found = transformers(target)
     for transformer in found:

@@ -49,6 +49,7 @@ class TAPHook(Passes, ModelHook):
                     f"parallelism was enabled on this {type(module).__name__} when TAP was there already;"
                     " call tap.enable(...) again, after enable_parallelism(...)"
                 )
+            refuse_other_caches(module)
             timestep = arguments.get(self.spec.timestep)
             if timestep is None:
                 raise ValueError(f"{type(module).__name__} got no {self.spec.timestep}, by which TAP tells its steps")
@@ -86,6 +87,17 @@ class TAPHook(Passes, ModelHook):
         self.engine.finish()
         self.tracker.reset()
         return module
+
+
+def refuse_other_caches(module: nn.Module) -> None:
+    """Raise ValueError where another cache works on the module: each would take the other's guesses for the truth."""
+    if getattr(module, "is_cache_enabled", False):
+        name, remedy = f"diffusers' {type(module._cache_config).__name__}", "its disable_cache()"
+    elif getattr(module, "_is_cached", False):
+        name, remedy = "cache-dit", "cache_dit.disable_cache(pipe)"
+    else:
+        return
+    raise ValueError(f"{type(module).__name__} uses {name}, which can't be combined with TAP; call {remedy}")
 
 
 def _parallelism(module: nn.Module) -> Any:
