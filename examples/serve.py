@@ -24,6 +24,7 @@ import tap_diffusion as tap
 from tap_diffusion.demo.sheets import png, to_image
 from tap_diffusion.errors import UsageError
 from tap_diffusion.generate import Request, draw, guidance_for, load_pipeline, prompt_for
+from tap_diffusion.pipelines import frames_argument
 
 BATCH = 8  # pictures at a time, at most
 PATIENCE = 0.05  # seconds that the first of a batch waits for others
@@ -63,6 +64,8 @@ class Pictures:
         dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
         self.pipe: Any = load_pipeline(options.model, dtype, options.device)
         self.pipe.set_progress_bar_config(disable=True)
+        if frames_argument(self.pipe) is not None:
+            raise UsageError(f"this serves pictures, and a {type(self.pipe).__name__} makes videos")
         self.model, self.guidance = options.model, guidance_for(options.model, options.guidance)
         self.count = Counter("tap_pictures", "Pictures generated.", tag_keys=("full_steps",))
         self.seconds = Histogram(
@@ -99,10 +102,10 @@ class Pictures:
         """Pictures of one kind. A sample that TAP predicts does not depend on the others of its batch."""
         start, first = time.perf_counter(), wishes[0]
         try:
-            request = Request((), first.steps, guidance=self.guidance, height=first.height, width=first.width)
+            prompts = [prompt_for(self.model, wish.prompt) for wish in wishes]
+            request = Request(prompts, first.steps, guidance=self.guidance, height=first.height, width=first.width)
             request.check(self.pipe)
             with tap.enabled(self.pipe, tap.TAPConfig(full_steps=first.full_steps)):
-                prompts = [prompt_for(self.model, wish.prompt) for wish in wishes]
                 pictures = draw(self.pipe, request, prompts, [wish.seed for wish in wishes])
         except Exception as error:
             return [error] * len(wishes)

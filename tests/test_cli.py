@@ -91,7 +91,7 @@ def test_options_make_the_configuration(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model", "nonsense"], "unknown model 'nonsense': give emoji, a folder"),
+        (["--model", "nonsense"], "unknown model 'nonsense': give emoji, fashion, sprites, a folder"),
         (["--model", "somebody/something"], "the hub could not be reached to load 'somebody/something'"),
         (["--model", "EMPTY"], "holds no pipeline: it has no model_index.json"),
         (["--model", "BROKEN"], "could not load"),
@@ -155,7 +155,7 @@ def test_another_pipeline_is_refused_by_name(tmp_path: Path) -> None:
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
     result = run("red apple", "--model", tmp_path / "ddpm", "--steps", 8, "--out", tmp_path / "out")
     assert result.exit_code == 2
-    assert "this is a DDPMPipeline" in result.stderr
+    assert "DDPMPipeline has a UNet; TAP needs a transformer" in result.stderr
 
 
 def test_help_names_every_option() -> None:

@@ -18,7 +18,13 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import typer
-from diffusers import DiffusionPipeline, FirstBlockCacheConfig, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    DiffusionPipeline,
+    FirstBlockCacheConfig,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    WanImageToVideoPipeline,
+)
 from torch import nn
 from typer.testing import CliRunner
 
@@ -26,8 +32,10 @@ import mkdocs_hooks
 import tap_diffusion as tap
 from tap_diffusion import cli
 from tap_diffusion.bench.methods import registry
+from tap_diffusion.generate import Request
 from tap_diffusion.predictors import FAMILIES
 from tiny import build_pipeline, build_transformer, sample
+from zoo import build
 
 ROOT = mkdocs_hooks.ROOT
 PAGES = mkdocs_hooks.markdown_files()
@@ -346,6 +354,11 @@ def two_caches() -> None:
     tap.enable(transformer)
 
 
+def more_than_prompts() -> None:
+    parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
+    Request(["red apple"]).check(WanImageToVideoPipeline(transformer=build("WanTransformer3DModel"), **parts))
+
+
 class MyTransformer(nn.Module):
     pass
 
@@ -387,9 +400,10 @@ def test_messages_are_quoted_as_they_come(monkeypatch: pytest.MonkeyPatch, tmp_p
         told(lambda: enabled_and_run("transformer", config=tap.TAPConfig(full_steps=8))),
         told(lambda: enabled_and_run(config=preset)),
         told(lambda: tap.report(build_pipeline())),
+        told(more_than_prompts),
     }
     monkeypatch.setattr("tap_diffusion.generate.generate", no_memory)
-    found.add(a_command(*out))
+    found.add(a_command("green frog face", *out))
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", no_network)
     found.add(a_command("--model", "somebody/something", *out))
     assert {block.strip() for _, block in fenced(text_of("docs/troubleshooting.md"), "text")} == found

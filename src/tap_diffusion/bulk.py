@@ -1,8 +1,8 @@
-"""Generating pictures for many prompts, in this process or on Ray: what ``tap generate --engine`` does.
+"""Generating pictures or videos for many prompts, in this process or on Ray: what ``tap generate --engine`` does.
 
-The output folder gets ``pictures``, one PNG for each row, and ``manifest.parquet``, which tells of each row how it was
-made and what came of it. Each finished batch leaves a small Parquet file of its own in ``parts``, merged into the
-manifest at the end, so that whatever happens in between, the same call goes on from there.
+The output folder gets ``pictures``, one PNG or MP4 for each row, and ``manifest.parquet``, which tells of each row how
+it was made and what came of it. Each finished batch leaves a small Parquet file of its own in ``parts``, merged into
+the manifest at the end, so that whatever happens in between, the same call goes on from there.
 
 A picture depends on its row alone. Its seed is the row's, batches are made from the file before anything is left out or
 handed to a worker, and where samples of a batch would depend on each other they are generated one by one.
@@ -32,11 +32,11 @@ import torch
 
 from tap_diffusion import __version__
 from tap_diffusion.config import TAPConfig
-from tap_diffusion.demo.sheets import png, to_image
 from tap_diffusion.errors import UsageError
 from tap_diffusion.files import write_whole
 from tap_diffusion.generate import Request, draw, load_pipeline
 from tap_diffusion.integrations.api import enable, report
+from tap_diffusion.media import FPS, encoded
 from tap_diffusion.rows import ROWS, Row, batches
 
 TRIES = 3  # of a batch whose worker dies
@@ -55,7 +55,7 @@ MANIFEST = pa.schema(
         ("settings", pa.string()),  # JSON, what all pictures of a run have in common
     ]
 )
-RESULTS = MANIFEST.append(pa.field("png", pa.binary()))
+RESULTS = MANIFEST.append(pa.field("content", pa.binary()))
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class Settings:
     Attributes:
         model: as :func:`~tap_diffusion.generate.load_pipeline` takes it.
         dtype: name of a torch dtype.
-        guidance: as in :class:`~tap_diffusion.generate.Request`.
+        guidance, frames: as in :class:`~tap_diffusion.generate.Request`.
+        fps: frames a second of videos.
     """
 
     model: str
@@ -73,6 +74,8 @@ class Settings:
     steps: int
     guidance: float | None
     config: TAPConfig
+    frames: int | None = None
+    fps: int = FPS
 
     def to_json(self) -> str:
         """All fields, and the versions that a picture depends on."""
@@ -178,12 +181,12 @@ class Manifest:
 
     def add(self, results: Any) -> None:
         """Write the pictures of a batch, and then its part, each whole or not at all."""
-        for file, content in zip(results["file"].to_pylist(), results["png"].to_pylist(), strict=True):
+        for file, content in zip(results["file"].to_pylist(), results["content"].to_pylist(), strict=True):
             if file is not None:
                 write_whole(self.out / file, methodcaller("write_bytes", content))
         # In order of time, the newest last; the rest of the name keeps two runs in one folder from losing each other's.
         part = self._parts / f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.parquet"
-        write_whole(part, lambda partial: pq.write_table(results.drop_columns("png"), partial))
+        write_whole(part, lambda partial: pq.write_table(results.drop_columns("content"), partial))
 
     def merge(self, order: Sequence[str]) -> None:
         """Make one file of all, these ids first."""
@@ -245,7 +248,10 @@ class Worker:
         return _table(self.settings, self._try([Row(**row) for row in batch.to_pylist()]))
 
     def _request(self, width: int | None, height: int | None) -> Request:
-        return Request((), self.settings.steps, guidance=self.settings.guidance, height=height, width=width)
+        settings = self.settings
+        return Request(
+            (), settings.steps, guidance=settings.guidance, height=height, width=width, frames=settings.frames
+        )
 
     def _try(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         try:
@@ -259,15 +265,15 @@ class Worker:
     def _entries(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         start = time.perf_counter()
         request = self._request(rows[0].width, rows[0].height)
-        request.check(self.pipe)
+        replace(request, prompts=[row.prompt for row in rows]).check(self.pipe)
         columns = zip(*((row.prompt, row.seed, row.negative_prompt) for row in rows), strict=True)
-        pictures = draw(self.pipe, request, *columns)
+        samples = draw(self.pipe, request, *columns)
         account = report(self.pipe)
         if account.fallbacks and len(rows) > 1:
             raise _Coupled("a value of one sample that is not finite made a step full for all of them")
-        if not pictures.isfinite().all():
-            raise ValueError("the picture has values that are not finite")
-        files = [png(to_image(picture)) for picture in pictures]
+        if not samples.isfinite().all():
+            raise ValueError("the result has values that are not finite")
+        files = [encoded(sample, self.settings.fps) for sample in samples]
         common = self._place | {
             "seconds": (time.perf_counter() - start) / len(rows),
             "batch": len(rows),
@@ -275,8 +281,8 @@ class Worker:
             "predicted_steps": account.predicted_steps,
         }
         return [
-            asdict(row) | common | {"file": f"pictures/{row.stem}.png", "png": file}
-            for row, file in zip(rows, files, strict=True)
+            asdict(row) | common | {"file": f"pictures/{row.stem}{suffix}", "content": content}
+            for row, (suffix, content) in zip(rows, files, strict=True)
         ]
 
 

@@ -71,7 +71,7 @@ def _option(panel: str, *names: str, help: str, default: str | bool = True, **mo
 # Options that commands share.
 _WHERE = "cuda where there is one"
 ModelOption = Annotated[
-    str, _option("Model", "--model", "-m", help="emoji (embedded), a pipeline's folder, or a hub id.")
+    str, _option("Model", "--model", "-m", help="emoji, fashion, sprites (embedded), a pipeline's folder, or a hub id.")
 ]
 ModelDTypeOption = Annotated[DType, _option("Model", help="auto: bfloat16 on a GPU, float32 on a CPU.")]
 ModelDeviceOption = Annotated[str | None, _option("Model", help="cpu, cuda, cuda:1, …", default=_WHERE)]
@@ -96,7 +96,8 @@ def main() -> None:
 @app.command()
 def generate(
     prompts: Annotated[
-        list[str] | None, typer.Argument(help="What to draw, one picture for each.", show_default=False)
+        list[str] | None,
+        typer.Argument(help="What to draw, one result for each; of fashion and DiT the class.", show_default=False),
     ] = None,
     prompt_file: Annotated[
         Path | None,
@@ -112,7 +113,10 @@ def generate(
     ] = None,
     height: Annotated[int | None, _option("Sampling", help="In pixels.", default="the model's own", min=1)] = None,
     width: Annotated[int | None, _option("Sampling", help="In pixels.", default="the model's own", min=1)] = None,
-    batch_size: Annotated[int, _option("Sampling", help="Pictures generated at a time.", min=1)] = 8,
+    frames: Annotated[int | None, _option("Sampling", help="Of videos.", default="the model's own", min=1)] = None,
+    batch_size: Annotated[
+        int | None, _option("Sampling", help="Generated at a time.", default="8 pictures, or 1 video", min=1)
+    ] = None,
     speedup: Annotated[
         float | None,
         _option("Method", "--speedup", "-x", help="Steps for each full one.", default=f"{TAPConfig.speedup:g}"),
@@ -132,7 +136,8 @@ def generate(
     repeats: Annotated[
         int, _option("Output", help="Timed runs of each with --compare, alternating; medians count.", min=1)
     ] = 1,
-    out: Annotated[Path, _option("Output", "--out", "-o", help="Folder for pictures and report.json.")] = Path("out"),
+    fps: Annotated[int, _option("Output", help="Frames a second of videos.", min=1)] = 16,
+    out: Annotated[Path, _option("Output", "--out", "-o", help="Folder for results and report.json.")] = Path("out"),
     engine: Annotated[
         EngineName | None,
         _option("Many prompts", help="local: in this process; ray: on Ray Data. A run begun in --out goes on."),
@@ -144,7 +149,7 @@ def generate(
         int | None, _option("Many prompts", help="Pipelines on Ray.", default="one per GPU, or per machine", min=1)
     ] = None,
 ) -> None:
-    """Generate pictures with TAP, beside those of the plain model if wanted.
+    """Generate pictures or videos with TAP, beside those of the plain model if wanted.
 
     Example: tap generate "red apple" "green frog face" --speedup 5 --compare
 
@@ -177,23 +182,26 @@ def generate(
             if prompt_file is None:
                 raise UsageError("--prompts is missing: a file of what to draw")
             on_ray = (address, workers) if engine == EngineName.ray else None
-            common = {"model": model, "steps": steps, "guidance": guidance, "config": config}
-            _generate_many(prompt_file, common, (dtype, device), on_ray, (seed, width, height), batch_size, out)
+            common = {
+                "model": model, "steps": steps, "guidance": guidance, "config": config, "frames": frames, "fps": fps,
+            }  # fmt: skip
+            _generate_many(prompt_file, common, (dtype, device), on_ray, (seed, width, height), batch_size or 8, out)
             return
         pipe = load_pipeline(model, *_placement(dtype, device))
         wanted = [prompt_for(model, prompt) for prompt in wanted]
-        request = Request(wanted, steps, seed, guidance, height, width, batch_size)
+        request = Request(wanted, steps, seed, guidance, height, width, frames, batch_size)
         written: list[str] = []
         try:
-            result = run_generate(pipe, model, request, config, out, compare, repeats, written.append)
+            result = run_generate(pipe, model, request, config, out, compare, repeats, written.append, fps)
         except torch.OutOfMemoryError as error:
-            raise UsageError(
-                f"out of memory at batch size {batch_size}; try a smaller one, or smaller pictures"
-            ) from error
+            size = len(next(request.batches(pipe)))
+            remedy = f"a smaller batch than {size}, or smaller pictures" if size > 1 else "a smaller size"
+            raise UsageError(f"out of memory; try {remedy}") from error
     except (ConfigError, UnsupportedModelError, UsageError) as error:
         raise _failed(error) from None
     console.print(_table(result))
-    console.print(f"{len(wanted)} pictures, {', '.join(written)} in {out}", highlight=False)
+    kind = "pictures" if result["frames"] is None else "videos"
+    console.print(f"{len(wanted)} {kind}, {', '.join(written)} in {out}", highlight=False)
 
 
 def _generate_many(
@@ -245,9 +253,8 @@ def _generate_many(
     if good:
         full, predicted = (sum(entry[name] for entry in good) for name in ("full_steps", "predicted_steps"))
         console.print(f"steps: {full} full, {predicted} predicted", highlight=False)
-    console.print(
-        f"{len(good)} pictures, {len(errors)} failed, manifest.parquet in {out}", highlight=False, markup=False
-    )
+    kind = "videos" if any(entry["file"].endswith(".mp4") for entry in good) else "pictures"
+    console.print(f"{len(good)} {kind}, {len(errors)} failed, manifest.parquet in {out}", highlight=False, markup=False)
     if errors:
         raise typer.Exit(1)
 
@@ -698,9 +705,11 @@ def _make_writable(folder: Path) -> None:
 
 def _table(result: dict[str, Any]) -> Table:
     table = Table(show_header=False)
+    kinds = [kind for kind in ("full", "predicted") if result[f"{kind}_steps"]]
+    times = [f"{result[f'{kind}_step_ms']:.1f} ms {kind}" for kind in kinds]
     rows = [
         ("steps", f"{result['full_steps']} full, {result['predicted_steps']} predicted"),
-        ("time per step", f"{result['full_step_ms']:.1f} ms full, {result['predicted_step_ms']:.1f} ms predicted"),
+        ("time per step", ", ".join(times)),
         ("speed-up in evaluations", f"{result['evaluations_speedup']:.2f}x"),
     ]
     if "psnr_db" in result:

@@ -1,4 +1,4 @@
-"""Generating pictures from prompts with and without TAP: what ``tap generate`` and ``make demo`` do."""
+"""Generating pictures and videos from prompts with and without TAP: what ``tap generate`` and ``make demo`` do."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import math
 import platform
 import re
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,30 +16,39 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline
+from PIL import Image
 from torch import Tensor
 
-from tap_diffusion import __version__
+from tap_diffusion import __version__, media, pipelines
+from tap_diffusion.bench import WEIGHTS
+from tap_diffusion.bench.pixels import PixelDiTPipeline, PixelWanPipeline
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.demo import EMOJI
-from tap_diffusion.demo.sheets import choices_sheet, sheet, stack, to_image
-from tap_diffusion.errors import UsageError
-from tap_diffusion.integrations.api import enabled, report
+from tap_diffusion.demo.sheets import choices_sheet, sheet, stack
+from tap_diffusion.errors import ConfigError, UsageError
+from tap_diffusion.integrations.api import enabled, report, supported, transformers
 from tap_diffusion.reporting import Report
 
 COLUMNS = 8  # of compare.png
+EMBEDDED: Mapping[str, tuple[Path, type[DiffusionPipeline]]] = {
+    "emoji": (EMOJI, FluxPipeline),
+    "fashion": (WEIGHTS / "fashion", PixelDiTPipeline),
+    "sprites": (WEIGHTS / "sprites", PixelWanPipeline),
+}
 
 
 def load_pipeline(model: str, dtype: torch.dtype, device: str) -> DiffusionPipeline:
     """Load a pipeline with diffusers' own loading code.
 
     Args:
-        model: ``emoji`` (the embedded model), a folder with a ``model_index.json``, or a hub id ``owner/name``.
+        model: ``emoji`` (the embedded model), ``fashion`` or ``sprites`` (the bench's), a folder with a
+            ``model_index.json``, or a hub id ``owner/name``.
 
     Raises:
         UsageError: there is no such model, or the hub could not be reached.
     """
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None
-    path = EMOJI if model == "emoji" else Path(model)
+    path, kind = EMBEDDED.get(model, (Path(model), DiffusionPipeline))
     if path.is_dir():
         if not (path / "model_index.json").exists():
             raise UsageError(f"the folder {model} holds no pipeline: it has no model_index.json")
@@ -48,11 +57,12 @@ def load_pipeline(model: str, dtype: torch.dtype, device: str) -> DiffusionPipel
         source = model
     else:
         raise UsageError(
-            f"unknown model '{model}': give emoji, a folder with a model_index.json, or a hub id owner/name"
+            f"unknown model '{model}': give {', '.join(EMBEDDED)}, a folder with a model_index.json, or a hub id"
+            " owner/name"
         )
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError) as error:
+        pipe = kind.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError, AttributeError) as error:  # the last: diffusers has no such pipeline
         if not path.is_dir() and _is_connection_error(error):
             raise UsageError(
                 f"the hub could not be reached to load '{model}', and it is not in the local cache;"
@@ -88,12 +98,13 @@ def _first_line(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Request:
-    """What to generate.
+    """What to generate, with a pipeline that draws pictures or videos from prompts, or from class labels.
 
     Attributes:
-        guidance: ``guidance_scale`` where the transformer embeds it, else ``true_cfg_scale`` with an empty
-            negative prompt; None takes the pipeline's default.
-        height, width: None takes the model's own size.
+        prompts: or labels, as text.
+        guidance: None takes the pipeline's default; see :func:`~tap_diffusion.pipelines.guidance_argument`.
+        height, width, frames: None takes the model's own.
+        batch_size: None is 8 pictures, or 1 video.
     """
 
     prompts: Sequence[str]
@@ -102,37 +113,56 @@ class Request:
     guidance: float | None = None
     height: int | None = None
     width: int | None = None
-    batch_size: int = 8
+    frames: int | None = None
+    batch_size: int | None = None
 
     def check(self, pipe: Any) -> None:
-        """Raise UsageError for what this pipeline can't do."""
-        if not isinstance(pipe, FluxPipeline):
-            raise UsageError(f"tap runs text-to-image FLUX pipelines here; this is a {type(pipe).__name__}")
-        multiple = 2 * pipe.vae_scale_factor
+        """Raise UsageError for what this pipeline can't do, or UnsupportedModelError."""
+        supported(pipe)
+        title, known = type(pipe).__name__, pipelines.parameters(pipe)
+        if pipelines.condition(pipe) == "class_labels" and not all(prompt.isdecimal() for prompt in self.prompts):
+            raise UsageError(f"{title} draws classes: give their numbers in place of prompts")
+        if pipelines.frames_argument(pipe) is not None:
+            media.check_videos()
+        elif self.frames is not None:
+            raise UsageError(f"{title} takes no number of frames: it draws pictures")
+        if self.guidance is not None and pipelines.guidance_argument(pipe) is None:
+            raise UsageError(f"{title} takes no guidance scale")
         for name, value in (("height", self.height), ("width", self.width)):
-            if value is not None and (value % multiple or value < multiple):
+            if value is None:
+                continue
+            if name not in known:
+                raise UsageError(f"{title} has one size only, which can't be chosen")
+            multiple = pipelines.multiple(pipe)
+            if value % multiple or value < multiple:
                 raise UsageError(f"{name} {value} can't be done by this model: it must be a multiple of {multiple}")
 
-    def size(self, pipe: Any) -> tuple[int, int]:
-        """Height and width in pixels; the model's own where none are given."""
-        native = pipe.vae.config.sample_size  # FluxPipeline.default_sample_size is that of FLUX.1 whatever the model
+    def size(self, pipe: Any) -> tuple[int | None, int | None]:
+        """Height and width in pixels to ask for; None where the pipeline is to take its own."""
+        # FluxPipeline takes that of FLUX.1 whatever the model.
+        native = pipe.vae.config.sample_size if isinstance(pipe, FluxPipeline) else None
         return self.height or native, self.width or native
 
     def arguments(self, pipe: Any) -> dict[str, Any]:
         """Arguments of the pipeline's call but for prompts and generators."""
         height, width = self.size(pipe)
-        arguments: dict[str, Any] = {
-            "num_inference_steps": self.steps,
-            "height": height,
-            "width": width,
-            "max_sequence_length": min(512, pipe.tokenizer_2.model_max_length),
-            "output_type": "pt",
-        }
+        arguments: dict[str, Any] = {"num_inference_steps": self.steps, "output_type": "pt"}
+        asked = (("height", height), ("width", width), (pipelines.frames_argument(pipe), self.frames))
+        arguments |= {name: value for name, value in asked if name is not None and value is not None}
+        if isinstance(pipe, FluxPipeline):
+            arguments["max_sequence_length"] = min(512, pipe.tokenizer_2.model_max_length)
         if self.guidance is None:
             return arguments
-        if pipe.transformer.config.guidance_embeds:
-            return arguments | {"guidance_scale": self.guidance}
-        return arguments | {"negative_prompt": "", "true_cfg_scale": self.guidance}
+        name = pipelines.guidance_argument(pipe) or "guidance_scale"
+        if name == "true_cfg_scale":  # without a negative prompt it would have no effect
+            arguments["negative_prompt"] = ""
+        return arguments | {name: self.guidance}
+
+    def batches(self, pipe: Any) -> Iterator[range]:
+        """Which prompts are drawn together."""
+        size = self.batch_size or (8 if pipelines.frames_argument(pipe) is None else 1)
+        for first in range(0, len(self.prompts), size):
+            yield range(first, min(first + size, len(self.prompts)))
 
 
 def run(pipe: Any, request: Request, label: str, **more: Any) -> tuple[Tensor, float]:
@@ -143,16 +173,15 @@ def run(pipe: Any, request: Request, label: str, **more: Any) -> tuple[Tensor, f
         more: further arguments of the pipeline's call.
 
     Returns:
-        pictures (count, 3, H, W) in [-1, 1] on the CPU, float32; seconds.
+        pictures (count, 3, H, W), or videos (count, F, 3, H, W), in [-1, 1] on the CPU, float32; seconds.
     """
-    pictures = []
+    samples = []
     pipe.set_progress_bar_config(desc=label, leave=False)
     start = time.perf_counter()
-    for first in range(0, len(request.prompts), request.batch_size):
-        prompts = request.prompts[first : first + request.batch_size]
-        seeds = range(request.seed + first, request.seed + first + len(prompts))
-        pictures.append(draw(pipe, request, prompts, seeds, **more))
-    return torch.cat(pictures), time.perf_counter() - start
+    for batch in request.batches(pipe):
+        prompts = [request.prompts[i] for i in batch]
+        samples.append(draw(pipe, request, prompts, [request.seed + i for i in batch], **more))
+    return torch.cat(samples), time.perf_counter() - start
 
 
 def draw(
@@ -169,22 +198,43 @@ def draw(
         more: further arguments of the pipeline's call.
 
     Returns:
-        pictures (count, 3, H, W) in [-1, 1] on the CPU, float32.
+        as :func:`run` does.
 
     Raises:
-        UsageError: there is a negative prompt, and nothing that it could have an effect on.
+        UsageError: there is a negative prompt, and nothing that it could have an effect on; or the pipeline finds
+            something wrong with its arguments.
     """
     arguments = request.arguments(pipe) | more
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
     negative = [prompt or "" for prompt in negative_prompts]
-    if any(negative) and arguments.get("true_cfg_scale", 1) <= 1:
-        embedded = pipe.transformer.config.guidance_embeds
+    if any(negative):
+        _check_negative(pipe, arguments)
+        arguments["negative_prompt"] = negative
+    elif "negative_prompt" in arguments:
+        arguments["negative_prompt"] = [""] * len(prompts)
+    name = pipelines.condition(pipe)
+    arguments[name] = [int(label) for label in prompts] if name == "class_labels" else list(prompts)
+    try:
+        output = pipe(**arguments)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"{type(pipe).__name__}: {_first_line(error)}") from error
+    samples = 2 * pipelines.drawn(output) - 1
+    return samples if samples.shape[-3] == 3 else samples.expand(*samples.shape[:-3], 3, *samples.shape[-2:])
+
+
+def _check_negative(pipe: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise UsageError where a negative prompt would have no effect."""
+    known = pipelines.parameters(pipe)
+    if "negative_prompt" not in known:
+        raise UsageError(f"{type(pipe).__name__} takes no negative prompt")
+    name = next((name for name in ("true_cfg_scale", "guidance_scale") if name in known), None)
+    scale = arguments.get(name, known[name].default) if name is not None else None
+    if scale is not None and scale <= 1:
+        embedded = pipelines.embeds_guidance(pipe)
         reason = "this model embeds its guidance" if embedded else "give a guidance scale above 1"
         raise UsageError(f"a negative prompt has no effect here: {reason}")
-    if "negative_prompt" in arguments:
-        arguments["negative_prompt"] = negative or [""] * len(prompts)
-    pictures: Tensor = pipe(list(prompts), generator=generators, **arguments).images
-    return pictures.float().cpu() * 2 - 1
 
 
 def psnr(pictures: Tensor, reference: Tensor, span: float = 2.0) -> list[float]:
@@ -202,12 +252,15 @@ def generate(
     compare: bool = False,
     repeats: int = 1,
     note: Callable[[str], None] = lambda _: None,
+    fps: int = media.FPS,
 ) -> dict[str, Any]:
-    """Generate with TAP, and with ``compare`` without it too; write pictures, sheets and ``report.json`` to ``out``.
+    """Generate with TAP, and with ``compare`` without it too; write pictures or videos, sheets and ``report.json`` to
+    ``out``.
 
     Args:
         repeats: with ``compare``, runs of each, alternating; the time ratio is of their medians.
         note: is told each file that was written.
+        fps: frames a second of videos.
 
     Returns:
         what report.json holds.
@@ -215,6 +268,9 @@ def generate(
     request.check(pipe)
     seconds: dict[str, list[float]] = {"full": [], "tap": []}
     full = None
+    if compare:  # the first steps of a process are slower, which must not count
+        first = [request.prompts[i] for i in next(request.batches(pipe))]
+        run(pipe, replace(request, prompts=first, steps=min(2, request.steps)), "warm-up")
     for _ in range(repeats):
         if compare:
             full, elapsed = run(pipe, request, "full")
@@ -224,12 +280,13 @@ def generate(
             seconds["tap"].append(elapsed)
             account = report(pipe)
 
-    result = _summary(pipe, model, request, config, account)
-    pictures = {"tap": accelerated} | ({"full": full} if full is not None else {})
+    result = _summary(pipe, model, request, config, account, accelerated)
+    samples = {"tap": accelerated} | ({"full": full} if full is not None else {})
     for i, prompt in enumerate(request.prompts):
         name = f"{i:03d}-{re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')[:60]}"
-        for kind, batch in pictures.items():
-            to_image(batch[i]).save(out / f"{name}-{kind}.png")
+        for kind, batch in samples.items():
+            suffix, content = media.encoded(batch[i], fps)
+            (out / f"{name}-{kind}{suffix}").write_bytes(content)
     if full is not None:
         values = psnr(accelerated, full)
         result |= {
@@ -237,51 +294,62 @@ def generate(
             "psnr_db": sum(values) / len(values),
             "psnr_db_each": values,
         }
-        scale = max(1, 160 // full.shape[-1])
-        parts = [slice(i, i + COLUMNS) for i in range(0, len(full), COLUMNS)]
-        sheets = [
-            sheet([full[part], accelerated[part]], ["full", "TAP"], request.prompts[part], scale) for part in parts
-        ]
-        stack(sheets).save(out / "compare.png")
+        _comparison(full, accelerated, request.prompts).save(out / "compare.png")
         note("compare.png")
-    _save_choices(pipe, request, account, accelerated, out, note)
+    if accelerated.ndim == 4 and (maps := _choices(pipe, request, account, accelerated)) is not None:
+        maps.save(out / "choices.png")
+        note("choices.png")
     result["seconds"] = seconds
     (out / "report.json").write_text(json.dumps(_without_nan(result), indent=2) + "\n", encoding="utf-8")
     note("report.json")
     return result
 
 
-def _save_choices(
-    pipe: Any, request: Request, account: Report, pictures: Tensor, out: Path, note: Callable[[str], None]
-) -> None:
-    """Maps of four predicted steps, evenly over the trajectory, of the last batch's first branch."""
+def _comparison(full: Tensor, accelerated: Tensor, prompts: Sequence[str]) -> Image.Image:
+    """Full results over TAP's: a column for each picture, or for some frames of a video."""
+    scale = max(1, 160 // full.shape[-1])
+    if full.ndim == 4:
+        parts = [slice(i, i + COLUMNS) for i in range(0, len(full), COLUMNS)]
+        return stack([sheet([full[p], accelerated[p]], ["full", "TAP"], prompts[p], scale) for p in parts])
+    shown = torch.linspace(0, full.shape[1] - 1, min(COLUMNS, full.shape[1])).round().long()
+    rows = zip(full[:, shown], accelerated[:, shown], prompts, strict=True)
+    return stack([sheet([plain, tap], ["full", "TAP"], [prompt], scale) for plain, tap, prompt in rows])
+
+
+def _choices(pipe: Any, request: Request, account: Report, pictures: Tensor) -> Image.Image | None:
+    """Maps of four predicted steps, evenly over the trajectory, of the last batch's first branch; None where nothing
+    was chosen, or not by tokens that are the picture's alone."""
     choices = [choice for choice in account.choices if choice.branch == account.choices[0].branch]
     if not choices:
-        return
+        return None
     shown = [choices[round(i * (len(choices) - 1) / 3)] for i in range(min(4, len(choices)))]
-    count = min(COLUMNS, len(shown[0].index))
-    first = len(request.prompts) - len(shown[0].index)
-    shown = [choice.of(slice(0, count)) for choice in shown]
-    height, width = request.size(pipe)
-    patch = 2 * pipe.vae_scale_factor
-    part = slice(first, first + count)
-    scale = max(1, 160 // pictures.shape[-1])
-    choices_sheet(shown, pictures[part], (height // patch, width // patch), list(request.prompts[part]), scale).save(
-        out / "choices.png"
-    )
-    note("choices.png")
+    samples, tokens = shown[0].index.shape
+    *_, batch = request.batches(pipe)
+    height, width = pictures.shape[-2:]
+    rows = round((tokens * height / width) ** 0.5)
+    columns = tokens // rows
+    if rows * columns != tokens or rows * width != columns * height or samples % len(batch):
+        return None
+    # With both branches in one batch, the one with the prompt is the last, but for class labels the first.
+    first = 0 if pipelines.condition(pipe) == "class_labels" else samples - len(batch)
+    part = batch[:COLUMNS]
+    shown = [choice.of(slice(first, first + len(part))) for choice in shown]
+    prompts = [request.prompts[i] for i in part]
+    return choices_sheet(shown, pictures[list(part)], (rows, columns), prompts, max(1, 160 // width))
 
 
-def _summary(pipe: Any, model: str, request: Request, config: TAPConfig, account: Report) -> dict[str, Any]:
-    height, width = request.size(pipe)
-    parameter = next(pipe.transformer.parameters())
+def _summary(
+    pipe: Any, model: str, request: Request, config: TAPConfig, account: Report, samples: Tensor
+) -> dict[str, Any]:
+    parameter = next(transformers(pipe)[0].parameters())
     return {"model": model} | account.to_dict() | {
         "prompts": list(request.prompts),
         "seed": request.seed,
         "guidance": request.guidance,
-        "height": height,
-        "width": width,
-        "batch_size": request.batch_size,
+        "height": samples.shape[-2],
+        "width": samples.shape[-1],
+        "frames": samples.shape[1] if samples.ndim == 5 else None,
+        "batch_size": len(next(request.batches(pipe))),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": str(parameter.device),
         "config": config.to_dict(),

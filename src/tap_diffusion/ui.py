@@ -16,6 +16,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr
 import torch
+from diffusers import FluxPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -102,7 +103,8 @@ class Page:
     """
 
     def __init__(self, pipe: Any, model: str) -> None:
-        Request([""]).check(pipe)
+        if not isinstance(pipe, FluxPipeline):
+            raise UsageError(f"tap ui is for text-to-image FLUX pipelines; this is a {type(pipe).__name__}")
         self.pipe, self.model = pipe, model
         self.sessions: defaultdict[str | None, Session] = defaultdict(Session)
         self._lock = Lock()

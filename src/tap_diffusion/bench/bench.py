@@ -37,7 +37,7 @@ from tap_diffusion.demo.sheets import sheet
 from tap_diffusion.errors import UsageError
 from tap_diffusion.files import write_whole
 
-SHOWN = 8  # samples of each cell that are kept as pictures
+SHOWN = 8  # samples of each cell that are kept as pictures; of videos half as many
 LARGEST = 256  # pixels of their longer side
 
 
@@ -143,7 +143,7 @@ class Bench:
 
     def _show(self, drawn: Drawn, name: str) -> None:
         """Keep the first samples as a sheet, a row for each video."""
-        pictures = drawn.pictures[:SHOWN]
+        pictures = drawn.pictures[: SHOWN if drawn.pictures.ndim == 4 else SHOWN // 2]
         frames = pictures.flatten(0, -4).expand(-1, 3, -1, -1)
         if max(frames.shape[-2:]) > LARGEST:
             share = LARGEST / max(frames.shape[-2:])

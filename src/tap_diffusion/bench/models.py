@@ -20,6 +20,7 @@ from tap_diffusion.demo import EMOJI, data
 from tap_diffusion.demo.train import MAX_TOKENS
 from tap_diffusion.errors import UsageError
 from tap_diffusion.generate import load_pipeline
+from tap_diffusion.pipelines import drawn
 
 MEASURED = 256  # samples that the bench's own models have to be measured on
 
@@ -66,10 +67,7 @@ def draw(pipe: Any, model: BenchModel, conditions: Sequence[Any], seed: int, **c
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(conditions))]
     with _last_latents(pipe) as latents:
         result = pipe(generator=generators, output_type="pt", **model.arguments(conditions) | change)
-    pictures = getattr(result, "images", None)
-    if pictures is None:
-        pictures = result.frames
-    return Drawn(latents[0].float().cpu(), pictures.float().cpu())
+    return Drawn(latents[0].float().cpu(), drawn(result))
 
 
 @contextmanager

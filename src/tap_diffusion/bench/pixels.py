@@ -109,9 +109,10 @@ class PixelWanPipeline(DiffusionPipeline):
     def __call__(
         self,
         prompt: str | Sequence[str],
-        negative_prompt: str = "",
+        negative_prompt: str | Sequence[str] = "",
         guidance_scale: float = 3.0,
         num_inference_steps: int = 50,
+        num_frames: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
     ) -> WanPipelineOutput:
@@ -119,9 +120,10 @@ class PixelWanPipeline(DiffusionPipeline):
 
         Args:
             prompt: one or several.
-            negative_prompt: for all of them.
+            negative_prompt: for all of them, or one for each.
             guidance_scale: 1 or less turns guidance off.
             num_inference_steps: evaluations of the transformer in each branch, with most schedulers.
+            num_frames: None takes the configuration's, on which the model was trained.
             generator: for the initial noise, one or one per video.
             output_type: ``pil`` for a list of frames per video, ``np``, ``pt`` for tensors (B, F, C, H, W) in [0, 1],
                 or ``latent`` for what the scheduler leaves, (B, C, F, H, W) in about [-1, 1].
@@ -130,8 +132,10 @@ class PixelWanPipeline(DiffusionPipeline):
         config, device = self.transformer.config, self._execution_device
         branches = {"cond": self.encode_prompt(prompts)}
         if guidance_scale > 1:
-            branches["uncond"] = self.encode_prompt([negative_prompt] * len(prompts))
-        shape = (len(prompts), config.in_channels, self.config.num_frames, self.config.height, self.config.width)
+            negative = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
+            branches["uncond"] = self.encode_prompt(negative)
+        frames = num_frames or self.config.num_frames
+        shape = (len(prompts), config.in_channels, frames, self.config.height, self.config.width)
         dtype = self.transformer.dtype
         x = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         self.scheduler.set_timesteps(num_inference_steps, device=device)

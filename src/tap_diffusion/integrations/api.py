@@ -86,10 +86,7 @@ def enable(target: DiffusionPipeline | nn.Module, config: TAPConfig | None = Non
         UnsupportedModelError: the message names the class and the reason.
         ValueError, TypeError: see :func:`apply_tap`.
     """
-    found = transformers(target)
-    for transformer in found:
-        _spec(transformer)  # all or none
-    for transformer in found:
+    for transformer in supported(target):  # all or none
         apply_tap(transformer, config)
     if not isinstance(target, nn.Module):
         pipeline = weakref.ref(target)
@@ -153,6 +150,14 @@ def transformers(target: DiffusionPipeline | nn.Module) -> list[nn.Module]:
             f"{type(target).__name__} has a UNet; TAP needs a transformer, whose blocks share one residual stream"
         )
     raise UnsupportedModelError(f"{type(target).__name__} has no transformer that TAP could accelerate")
+
+
+def supported(target: DiffusionPipeline | nn.Module) -> list[nn.Module]:
+    """:func:`transformers`, if TAP knows them all. Raises UnsupportedModelError where it doesn't."""
+    found = transformers(target)
+    for transformer in found:
+        _spec(transformer)
+    return found
 
 
 def _component(pipeline: weakref.ref[DiffusionPipeline], name: str) -> Any:

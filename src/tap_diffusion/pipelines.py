@@ -1,0 +1,106 @@
+"""What a pipeline of diffusers takes and gives, read off its call's signature and its parts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tap_diffusion.errors import UsageError
+from tap_diffusion.integrations.api import transformers
+
+CONDITIONS = ("prompt", "class_labels")
+_FRAMES = ("num_frames", "frames", "video_length")
+_SCALES = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor")
+
+
+def parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
+    """Of the pipeline's call, by name."""
+    found = dict(inspect.signature(type(pipe).__call__).parameters)
+    del found["self"]
+    return found
+
+
+def condition(pipe: Any) -> str:
+    """Name of the argument that says what to draw: ``prompt`` or ``class_labels``.
+
+    Raises:
+        UsageError: the pipeline has neither, or needs more than that.
+    """
+    known = parameters(pipe)
+    names = [name for name in CONDITIONS if name in known]
+    needed = [
+        name
+        for name, parameter in known.items()
+        if parameter.default is parameter.empty and name not in CONDITIONS and name not in ("args", "kwargs")
+    ]
+    if not names or needed or "num_inference_steps" not in known:
+        raise UsageError(
+            f"{type(pipe).__name__} needs more than prompts ({', '.join(needed) or 'its own arguments'}):"
+            " call it in Python, with tap.enable(pipe)"
+        )
+    return names[0]
+
+
+def frames_argument(pipe: Any) -> str | None:
+    """Name of the argument that says how many frames a video has; None where the pipeline makes pictures."""
+    known = parameters(pipe)
+    return next((name for name in _FRAMES if name in known), None)
+
+
+def guidance_argument(pipe: Any) -> str | None:
+    """Name of the argument that a guidance scale is given by; None where there is none.
+
+    Where there is a ``true_cfg_scale`` it is that of classifier-free guidance, and ``guidance_scale`` is for
+    transformers that have learnt to do without a second branch.
+    """
+    known = parameters(pipe)
+    names = ("true_cfg_scale", "guidance_scale") if not embeds_guidance(pipe) else ("guidance_scale",)
+    return next((name for name in names if name in known), None)
+
+
+def embeds_guidance(pipe: Any) -> bool:
+    """Whether the transformer takes the guidance scale as an input, as that of FLUX.1-dev does."""
+    return bool(_config(pipe).get("guidance_embeds", False))
+
+
+def multiple(pipe: Any) -> int:
+    """Pixels that height and width must be multiples of: the side of a token."""
+    config = _config(pipe)
+    patch = config.get("patch_size") or 1
+    side = patch if isinstance(patch, int) else patch[-1]
+    coded = pipe.vae.config if getattr(pipe, "vae", None) is not None else {}
+    channels = coded.get("latent_channels") or coded.get("z_dim")
+    if channels and config.get("in_channels") == 4 * channels:  # FLUX and others pack latents two by two
+        side = max(2, side)
+    return side * next((getattr(pipe, name) for name in _SCALES if hasattr(pipe, name)), 1)
+
+
+def _config(pipe: Any) -> Mapping[str, Any]:
+    config: Any = transformers(pipe)[0].config
+    return config
+
+
+def drawn(output: Any) -> Tensor:
+    """Pictures (count, C, H, W) or videos (count, F, C, H, W) in [0, 1], on the CPU in float32.
+
+    Args:
+        output: of a pipeline's call with ``output_type="pt"``.
+
+    Raises:
+        UsageError: it has neither.
+    """
+    values = getattr(output, "images", None)
+    if values is None:
+        values = getattr(output, "frames", None)
+    if values is None:
+        raise UsageError(f"a pipeline that returns {type(output).__name__} makes neither pictures nor videos")
+    if isinstance(values, np.ndarray):  # DiTPipeline knows no tensors
+        values = torch.from_numpy(values).movedim(-1, -3)
+    elif isinstance(values, list):
+        values = torch.stack(values)
+    return values.float().cpu()
