@@ -14,12 +14,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import diffusers
+import imageio
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torchmetrics.functional.image.lpips as torchmetrics_lpips
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
+from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 from typer.testing import CliRunner
 
@@ -32,9 +35,12 @@ from tap_diffusion.bench.methods import Method, Setting, Variant, load, on_engin
 from tap_diffusion.bench.methods.solvers import AdamsBashforth2Scheduler
 from tap_diffusion.bench.methods.spectrum import growing
 from tap_diffusion.bench.models import BenchModel, any_pipeline, draw
+from tap_diffusion.bench.report import write_report
 from tap_diffusion.cli import app
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.errors import UsageError
+from test_sprites import PROMPTS
+from test_sprites import build as build_sprites
 from tiny import TOKENS, WORDS, build_pipeline
 
 STEPS = 12
@@ -447,12 +453,101 @@ def test_image_reward_is_asked_of_each_pair(monkeypatch: pytest.MonkeyPatch) -> 
     pictures = torch.zeros(2, 3, 4, 4)
     pictures[1, 0] = 1.0
     assert scores.image_reward(pictures, ["a", "bcd"]) == {"image_reward": [1.0, 4.0]}
-    monkeypatch.setitem(sys.modules, "ImageReward", None)
     scores._reward.cache_clear()
-    with pytest.raises(UsageError, match="pip install image-reward"):
-        scores.image_reward(pictures, ["a", "b"])
+
+
+def alexnet() -> nn.Sequential:
+    """AlexNet's features as torchvision builds them, with random weights."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2),
+        nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2),
+        nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2),
+    )  # fmt: skip
+
+
+def lpips_by_hand(picture: Tensor, other: Tensor) -> float:
+    """The paper's formula (1), with the heads of its authors, which torchmetrics brings."""
+    heads = torch.load(Path(torchmetrics_lpips.__file__).parent / "lpips_models" / "alex.pth", map_location="cpu")
+    shift, scale = (torch.tensor(v)[:, None, None] for v in ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)))
+    x = torch.stack([(2 * one.expand(3, -1, -1) - 1 - shift) / scale for one in (picture, other)])
+    total, layer = 0.0, 0
+    for module in alexnet().requires_grad_(False):
+        x = module(x)
+        if isinstance(module, nn.ReLU):
+            one, two = x / x.norm(dim=1, keepdim=True)
+            total += float(((one - two).square() * heads[f"lin{layer}.model.1.weight"][0]).sum(0).mean())
+            layer += 1
+    return total
+
+
+class TestLPIPS:
+    @pytest.fixture(autouse=True)
+    def torchvision(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        """A double of the one network of torchvision that is needed: the package can't be had here."""
+        monkeypatch.setattr("torchmetrics.image.lpip._TORCHVISION_AVAILABLE", True)
+        monkeypatch.setattr(torchmetrics_lpips, "_get_tv_model_features", lambda *_: alexnet())
+        monkeypatch.delitem(scores.PACKAGES, "lpips")
+        scores._lpips.cache_clear()
+        yield
+        scores._lpips.cache_clear()
+
+    def test_it_is_the_paper_s_formula(self) -> None:
+        pictures, others = torch.rand(2, 2, 3, 64, 64)
+        found = scores.lpips(pictures, others)["lpips"]
+        assert found == pytest.approx([lpips_by_hand(*pair) for pair in zip(pictures, others, strict=True)], rel=1e-4)
+        assert min(found) > 0.01
+        assert scores.lpips(pictures, pictures)["lpips"] == [0.0, 0.0]
+
+    def test_of_a_video_it_is_the_mean_and_gray_has_three_channels(self) -> None:
+        videos, others = torch.rand(2, 1, 2, 1, 64, 64)
+        each = [lpips_by_hand(*pair) for pair in zip(videos[0], others[0], strict=True)]
+        assert scores.lpips(videos, others)["lpips"] == pytest.approx([sum(each) / 2], rel=1e-4)
+
+    def test_it_is_measured_and_reported(self, tmp_path: Path) -> None:
+        model = tiny_model(arguments=lambda prompts: tiny_model().arguments(prompts) | {"height": 64, "width": 64})
+        judged = replace(model.judged_by(["lpips"]), measured=WORDS[:2])
+        suite = replace(SUITE, samples=2, repeats=0)
+        cells = Bench(judged, {"fora": registry()["fora"]}, suite, (4,), tmp_path, 6).run()
+        assert "lpips" not in cells[0]["scores"]
+        assert 0 < cells[1]["scores"]["lpips"] < 1
+        assert "to full" in write_report(tmp_path).read_text(encoding="utf-8")
+        with pytest.raises(UsageError, match=r"holds a run with scores \['lpips'\], not \[\]"):
+            Bench(model, {}, suite, (4,), tmp_path, 6)
+
+
+@pytest.mark.parametrize(("name", "package"), [("lpips", "torchvision"), ("image_reward", "image-reward")])
+def test_a_missing_package_is_named_before_anything_is_drawn(
+    name: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(UsageError, match=f"the score {name} needs its package: pip install {package}"):
+        tiny_model().judged_by(["clip_score", name])
+
+
+def test_samples_are_kept_by_prompt(tmp_path: Path) -> None:
+    """As VBench wants them: prompt, number of the sample, suffix."""
+    model, suite = tiny_model(measured=["red apple", "blue/book", "red apple"]), replace(SUITE, repeats=0)
+    for keep in (False, True):  # what had been measured without is drawn again
+        Bench(model, {"fora": registry()["fora"]}, suite, (4,), tmp_path, STEPS, keep).run()
+        assert (tmp_path / "samples").exists() == keep
+    for name in ("fora-4", "full"):
+        files = sorted(file.name for file in (tmp_path / "samples" / name).iterdir())
+        assert files == ["blue book-0.png", "red apple-0.png", "red apple-1.png"]
+    picture = np.asarray(Image.open(tmp_path / "samples" / "full" / "red apple-1.png"))
+    drawn = draw(build_pipeline(), model, ["red apple"], 2, num_inference_steps=STEPS).pictures[0]
+    assert np.abs(picture - 255 * drawn.permute(1, 2, 0).numpy()).max() < 1
+
+
+def test_videos_are_kept_as_videos(tmp_path: Path) -> None:
+    model = BenchModel("tiny", build_sprites, PROMPTS[:1], PROMPTS[1:], lambda prompts: {"prompt": list(prompts)})
+    suite = replace(SUITE, samples=1, repeats=0)
+    Bench(model, {"fora": registry()["fora"]}, suite, (4,), tmp_path, 6, keep=True).run()
+    assert len(imageio.mimread(tmp_path / "samples" / "fora-4" / f"{PROMPTS[0]}-0.mp4")) == 3
 
 
 def test_an_unknown_score_is_named() -> None:
-    with pytest.raises(UsageError, match="no score is named 'beauty'; there are clip_score, image_reward"):
+    with pytest.raises(UsageError, match="no score is named 'beauty'; there are clip_score, image_reward, lpips"):
         any_pipeline(recipes.Recipe("x", scores=["beauty"]), ["a", "b"], torch.float32, "cpu")

@@ -288,6 +288,12 @@ def bench(
     repeats: Annotated[
         int | None, _option("What", help="Timed runs of each cell; 0: none.", min=0, default="the suite's")
     ] = None,
+    scores: Annotated[
+        str | None, _option("What", help="More of them: clip_score, image_reward, lpips.", default="the model's own")
+    ] = None,
+    keep: Annotated[
+        bool, _option("Output", "--keep", help="Every sample as a file, for scores from elsewhere.")
+    ] = False,
     report_only: Annotated[bool, _option("Output", "--report-only", help="Make the report of --out again.")] = False,
     out: Annotated[Path, _option("Output", "--out", "-o", help="Folder; a run begun there goes on.")] = Path("bench"),
 ) -> None:
@@ -303,7 +309,8 @@ def bench(
             read_cells(out)
             _make_writable(out)
         else:
-            setup = _setup(model, recipe, prompt_file, dtype, device)
+            judged, made = _setup(model, recipe, prompt_file, dtype, device)
+            judged = judged.judged_by(scores.split(",") if scores else [])
             given = {
                 "--model": model or (None if recipe else "emoji"),
                 "--recipe": recipe,
@@ -313,9 +320,12 @@ def bench(
                 "--suite": suite.value,
                 "--samples": samples,
                 "--repeats": repeats,
+                "--scores": scores,
             }
             command = [part for name, value in given.items() if value is not None for part in (name, str(value))]
-            _run_bench(setup, _suite(suite, setup[0], samples, repeats), methods, wanted, steps, out, command)
+            command += ["--keep"] if keep else []
+            sized = _suite(suite, judged, samples, repeats)
+            _run_bench((judged, made), sized, methods, wanted, steps, out, keep, command)
         page, cells = write_report(out), read_cells(out)
     except (ConfigError, UnsupportedModelError, UsageError) as error:
         raise _failed(error) from None
@@ -421,7 +431,7 @@ def _suite(name: SuiteName, model: BenchModel, samples: int | None, repeats: int
 
 def _run_bench(
     setup: tuple[BenchModel, Recipe | None], suite: Suite, given: list[str] | None, budgets: list[int] | None,
-    steps: int | None, out: Path, command: list[str],
+    steps: int | None, out: Path, keep: bool, command: list[str],
 ) -> None:  # fmt: skip
     from tap_diffusion.bench.bench import Bench
     from tap_diffusion.bench.methods import Method, load, registry
@@ -451,7 +461,7 @@ def _run_bench(
     else:
         methods = {name: method for name, method in known.items() if not method.only_by_name}
     _make_writable(out)
-    run = Bench(model, methods, suite, budgets, out, steps)
+    run = Bench(model, methods, suite, budgets, out, steps, keep)
     command = ["tap", "bench", *command]
     command += ["--methods", ",".join(names)] if names else []
     command += ["--budgets", ",".join(map(str, budgets)), "--steps", str(steps), "--out", str(out)]

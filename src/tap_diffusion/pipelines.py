@@ -103,4 +103,4 @@ def drawn(output: Any) -> Tensor:
         values = torch.from_numpy(values).movedim(-1, -3)
     elif isinstance(values, list):
         values = torch.stack(values)
-    return values.float().cpu()
+    return values.float().cpu().contiguous()

@@ -11,6 +11,7 @@ import os
 import platform
 import random
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -36,9 +37,12 @@ from tap_diffusion.bench.models import BenchModel, Drawn
 from tap_diffusion.demo.sheets import sheet
 from tap_diffusion.errors import UsageError
 from tap_diffusion.files import write_whole
+from tap_diffusion.media import check_videos, encoded
+from tap_diffusion.pipelines import frames_argument
 
 SHOWN = 8  # samples of each cell that are kept as pictures; of videos half as many
 LARGEST = 256  # pixels of their longer side
+LONGEST = 180  # characters of a prompt in a file's name
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class Bench:
         budgets: full evaluations per trajectory.
         out: the folder.
         steps: of the full result.
+        keep: every sample as a file of its own in ``samples``, for scores that this bench doesn't have.
 
     Raises:
         UsageError: the folder holds a run with other settings.
@@ -92,12 +97,16 @@ class Bench:
         budgets: Sequence[int],
         out: Path,
         steps: int = 50,
+        keep: bool = False,
     ) -> None:
+        self.keep = keep
         self.model, self.methods, self.suite, self.budgets = model, methods, suite, budgets
         self.out, self.steps = out, steps
         self._settle()
         self.pipe = model.load()
         self.pipe.set_progress_bar_config(disable=True)
+        if keep and frames_argument(self.pipe) is not None:
+            check_videos()
         self.measured = list(model.measured[: suite.samples])
         count = suite.tuned_on
         tuned_on, other = (replace(model, calibration=model.calibration[i : i + count]) for i in (0, count))
@@ -152,6 +161,18 @@ class Bench:
         (self.out / "pictures").mkdir(exist_ok=True)
         sheet(list((2 * frames - 1).split(per_row))).save(self.out / "pictures" / f"{name}.png")
 
+    def _keep(self, drawn: Drawn, folder: Path) -> None:
+        """Write all samples, each named by what was asked for and which of its samples it is, as VBench wants it."""
+        partial = folder.with_suffix(".partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        count: Counter[str] = Counter()
+        for sample, condition in zip(2 * drawn.pictures - 1, self.measured, strict=True):
+            title = str(condition).replace("/", " ")[:LONGEST]
+            suffix, content = encoded(sample.expand(*sample.shape[:-3], 3, -1, -1))
+            (partial / f"{title}-{count[title]}{suffix}").write_bytes(content)
+            count[title] += 1
+        partial.rename(folder)
+
     # ------------------------------------------------------------------------------------------------------ the cells
 
     def _tune(self, method: Method, budget: int) -> Variant | None:
@@ -182,8 +203,8 @@ class Bench:
     def _measure(self, method: Method | None, budget: int, variant: Variant | None) -> None:
         """Measure one cell, or without method the full model, unless it has been measured."""
         name = "full" if method is None else f"{method.name}-{budget}"
-        file = self.out / "cells" / f"{name}.parquet"
-        if file.exists():
+        file, kept = self.out / "cells" / f"{name}.parquet", self.out / "samples" / name
+        if file.exists() and (kept.exists() or not self.keep):
             return
         full, counts = self.full, Counts()
         drawn = full if variant is None else self._draw(variant, counts, name)
@@ -202,6 +223,8 @@ class Bench:
                 "ssim": metrics.ssim(drawn.pictures, full.pictures).tolist(),
                 "latent_error": metrics.latent_error(drawn.latents, full.latents).tolist(),
             }
+            for distance in self.model.distances:
+                rows |= distance(drawn.pictures, full.pictures)
         for score in self.model.scores:
             rows |= score(drawn.pictures, self.measured)
         facts = {
@@ -215,6 +238,8 @@ class Bench:
             },
         } | self._costs(variant, calls)
         self._show(drawn, name)
+        if self.keep:
+            self._keep(drawn, kept)
         file.parent.mkdir(exist_ok=True)
         table = pa.table(rows).replace_schema_metadata({"facts": json.dumps(facts)})
         write_whole(file, lambda partial: pq.write_table(table, partial))
@@ -335,12 +360,14 @@ class Bench:
                 "diffusers": diffusers.__version__,
                 "python": platform.python_version(),
             },
+            "scores": list(self.model.extra),
             "machine": {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         }
         file = self.out / "run.json"
         if file.exists():
             known = json.loads(file.read_text(encoding="utf-8"))
-            for name in ("model", "steps", "suite", "versions"):
+            known.setdefault("scores", [])
+            for name in ("model", "steps", "suite", "scores", "versions"):
                 if known[name] != json.loads(json.dumps(settings[name])):
                     raise UsageError(
                         f"the folder {self.out} holds a run with {name} {known[name]},"

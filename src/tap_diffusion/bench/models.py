@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import diffusers
@@ -15,7 +15,7 @@ from torch import Tensor
 from tap_diffusion.bench import WEIGHTS, judges, sprites
 from tap_diffusion.bench.pixels import PixelDiTPipeline, PixelWanPipeline
 from tap_diffusion.bench.recipes import Recipe
-from tap_diffusion.bench.scores import SCORES
+from tap_diffusion.bench.scores import DISTANCES, SCORES, check
 from tap_diffusion.demo import EMOJI, data
 from tap_diffusion.demo.train import MAX_TOKENS
 from tap_diffusion.errors import UsageError
@@ -37,6 +37,8 @@ class BenchModel:
         batch: samples at a time.
         scores: without reference: numbers for each of the pictures (B, C, H, W) or videos (B, F, C, H, W) in [0, 1].
         set_scores: the same for all of them together.
+        distances: numbers for each to the full result's, beside those that the bench takes of every model.
+        extra: names of the scores and distances that were asked for beside the model's own.
     """
 
     name: str
@@ -47,6 +49,22 @@ class BenchModel:
     batch: int = 8
     scores: Sequence[Callable[[Tensor, Sequence[Any]], dict[str, list[float]]]] = ()
     set_scores: Sequence[Callable[[Tensor, Sequence[Any]], dict[str, float]]] = ()
+    distances: Sequence[Callable[[Tensor, Tensor], dict[str, list[float]]]] = ()
+    extra: Sequence[str] = ()
+
+    def judged_by(self, names: Sequence[str]) -> BenchModel:
+        """The same with further scores and distances, by name.
+
+        Raises:
+            UsageError: one is not known, or its package is missing.
+        """
+        check(names)
+        return replace(
+            self,
+            scores=[*self.scores, *(SCORES[name] for name in names if name in SCORES)],
+            distances=[*self.distances, *(DISTANCES[name] for name in names if name in DISTANCES)],
+            extra=[*self.extra, *names],
+        )
 
 
 @dataclass(frozen=True)
@@ -67,7 +85,7 @@ def draw(pipe: Any, model: BenchModel, conditions: Sequence[Any], seed: int, **c
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(conditions))]
     with _last_latents(pipe) as latents:
         result = pipe(generator=generators, output_type="pt", **model.arguments(conditions) | change)
-    return Drawn(latents[0].float().cpu(), drawn(result))
+    return Drawn(latents[0].float().cpu().contiguous(), drawn(result))
 
 
 @contextmanager
@@ -157,9 +175,6 @@ def any_pipeline(recipe: Recipe, conditions: Sequence[Any], dtype: torch.dtype, 
     Raises:
         UsageError: there are too few conditions to keep some for calibration, or a score is not known.
     """
-    for name in recipe.scores:
-        if name not in SCORES:
-            raise UsageError(f"no score is named '{name}'; there are {', '.join(SCORES)}")
     if len(conditions) < 2:
         raise UsageError("give at least 2 prompts: some are measured, every fifth is for calibration")
 
@@ -173,8 +188,8 @@ def any_pipeline(recipe: Recipe, conditions: Sequence[Any], dtype: torch.dtype, 
         return {recipe.argument: list(some), **recipe.call}
 
     measured = [condition for i, condition in enumerate(conditions) if i % 5]
-    scores = [SCORES[name] for name in recipe.scores]
-    return BenchModel(recipe.model, load, measured, conditions[::5], arguments, recipe.batch, scores)
+    model = BenchModel(recipe.model, load, measured, conditions[::5], arguments, recipe.batch)
+    return model.judged_by(recipe.scores)
 
 
 MODELS: dict[str, Callable[[], BenchModel]] = {"emoji": emoji, "fashion": fashion, "sprites": sprites_}

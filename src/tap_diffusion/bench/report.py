@@ -211,13 +211,14 @@ ones the range of the timed runs. In the first plot coloured points stand a litt
 
 
 def _results(measured: Sequence[Cell], full: Cell) -> str:
-    scores = list(full["scores"]) or sorted({name for cell in measured for name in cell["scores"]})
+    scores = list(full["scores"])
+    scores += sorted({name for cell in measured for name in cell["scores"]} - set(scores))
     compared = any("difference_ci" in cell for cell in measured)
     heads = [
         ("method", ""), ("family", ""), ("schedule", ""), ("full steps", ""), ("evaluations", "fewer, ×"),
         ("FLOPs", "fewer, ×"), ("time", "faster, × [range]"), ("PSNR", "dB [95 %]"),
         *([("to TAP", "dB [95 %]"), ("by PSNR", "")] if compared else []), ("SSIM", ""), ("latent error", ""),
-        *((name, "no reference") for name in scores), ("memory", "extra"),
+        *((name, "no reference" if name in full["scores"] else "to full") for name in scores), ("memory", "extra"),
     ]  # fmt: skip
     head = "".join(
         f"<th{' class=text' if i < 3 or name == 'by PSNR' else ''}>{escape(name)}"
@@ -230,8 +231,8 @@ def _results(measured: Sequence[Cell], full: Cell) -> str:
     ]  # fmt: skip
     parts = [
         '<p class="note">Sorted by PSNR; click on a head to sort by it. Evaluations count full steps only, FLOPs and'
-        " time all that is run. Scores need no reference; the first row has the full model's. Memory is the most that"
-        " tensors were seen to take beyond the plain pipeline's, for one sample."
+        " time all that is run. Scores need no reference, where nothing else is said; the first row has the full"
+        " model's. Memory is the most that tensors were seen to take beyond the plain pipeline's, for one sample."
         " A number of full steps that misses the budget by over 2 % is bold.</p>"
     ]
     for budget in _budgets(measured):

@@ -1,14 +1,20 @@
-"""Scores by models from elsewhere, for recipes: they load their weights from the hub and need packages of their own."""
+"""Scores by models from elsewhere: they load their weights from the hub and need packages of their own.
+
+Of a video each is the mean over its frames.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Callable, Sequence
 from functools import cache
+from statistics import fmean
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from transformers import CLIPModel, CLIPProcessor
 
 from tap_diffusion.errors import UsageError
@@ -27,25 +33,24 @@ def clip_score(
     """CLIP score (arXiv 2104.08718), 100 · cos of picture and prompt, of each pair.
 
     Args:
-        pictures: (B, 3, H, W) in [0, 1].
+        pictures: (B, 3, H, W), or videos (B, F, 3, H, W), in [0, 1].
         prompts: B of them; what is too long for the model is cut off.
         model: folder or hub id.
     """
     clip, processor = _clip(model)
-    found = []
-    for picture, prompt in zip((255 * pictures).round().to(torch.uint8), prompts, strict=True):
+
+    def score(prompt: str, picture: Tensor) -> float:
         inputs = processor(text=[prompt], images=[picture], return_tensors="pt", padding=True, truncation=True)
         output = clip(**inputs)
-        found.append(100 * float(torch.cosine_similarity(output.image_embeds, output.text_embeds)))
-    return {"clip_score": found}
+        return 100 * float(torch.cosine_similarity(output.image_embeds, output.text_embeds))
+
+    return {"clip_score": _each(score, prompts, (255 * pictures).round().to(torch.uint8))}
 
 
 @cache
 def _reward() -> Any:
-    try:
-        import ImageReward
-    except ImportError as error:
-        raise UsageError(f"the score image_reward needs its package: pip install image-reward ({error})") from error
+    import ImageReward
+
     return ImageReward.load("ImageReward-v1.0")
 
 
@@ -53,16 +58,61 @@ def image_reward(pictures: Tensor, prompts: Sequence[str]) -> dict[str, list[flo
     """ImageReward (arXiv 2304.05977), by its own package.
 
     Args:
-        pictures: (B, 3, H, W) in [0, 1].
+        pictures: (B, 3, H, W), or videos (B, F, 3, H, W), in [0, 1].
         prompts: B of them.
-
-    Raises:
-        UsageError: the package is missing.
     """
-    arrays = (255 * pictures).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     model = _reward()
-    pairs = zip(map(Image.fromarray, arrays), prompts, strict=True)
-    return {"image_reward": [float(model.score(prompt, picture)) for picture, prompt in pairs]}
+
+    def score(prompt: str, picture: Tensor) -> float:
+        return float(model.score(prompt, Image.fromarray(picture.permute(1, 2, 0).numpy())))
+
+    return {"image_reward": _each(score, prompts, (255 * pictures).round().to(torch.uint8))}
 
 
-SCORES = {"clip_score": clip_score, "image_reward": image_reward}
+def _each(score: Callable[[Any, Tensor], float], others: Sequence[Any], samples: Tensor) -> list[float]:
+    """The score of each sample with what belongs to it."""
+    if samples.ndim == 4:
+        return [score(other, picture) for other, picture in zip(others, samples, strict=True)]
+    return [fmean(score(other, frame) for frame in video) for other, video in zip(others, samples, strict=True)]
+
+
+@cache
+def _lpips() -> Any:
+    return LearnedPerceptualImagePatchSimilarity("alex", normalize=True).eval()
+
+
+@torch.no_grad()
+def lpips(pictures: Tensor, reference: Tensor) -> dict[str, list[float]]:
+    """LPIPS (arXiv 1801.03924) with AlexNet, by torchmetrics: distance of each sample to the reference's, 0 for none.
+
+    Args:
+        pictures: (B, C, H, W), or videos (B, F, C, H, W), in [0, 1], C of 1 or 3.
+        reference: the same.
+    """
+    model = _lpips()
+
+    def distances(frames: Tensor, others: Tensor) -> float:
+        found = []
+        for pair in zip(frames, others, strict=True):
+            model.reset()
+            found.append(float(model(*(one.expand(3, -1, -1)[None] for one in pair))))
+        return fmean(found)
+
+    pairs = zip(pictures, reference, strict=True)
+    return {"lpips": [distances(*(one.reshape(-1, *one.shape[-3:]) for one in pair)) for pair in pairs]}
+
+
+def check(names: Sequence[str]) -> None:
+    """Raise UsageError where a score or distance is not known, or its package is missing."""
+    for name in names:
+        if name not in SCORES and name not in DISTANCES:
+            raise UsageError(f"no score is named '{name}'; there are {', '.join([*SCORES, *DISTANCES])}")
+        package = PACKAGES.get(name)
+        if package is not None and importlib.util.find_spec(package) is None:
+            raise UsageError(f"the score {name} needs its package: pip install {INSTALLED_AS.get(package, package)}")
+
+
+SCORES = {"clip_score": clip_score, "image_reward": image_reward}  # of a result and what was asked for
+DISTANCES = {"lpips": lpips}  # of a result to the full model's
+PACKAGES = {"image_reward": "ImageReward", "lpips": "torchvision"}  # to import, beyond the bench's own
+INSTALLED_AS = {"ImageReward": "image-reward"}

@@ -27,7 +27,7 @@ class Recipe:
         argument: name of the argument of the pipeline's call that takes the prompts.
         call: further arguments of the pipeline's call.
         scheduler: class of diffusers to put in place of the pipeline's own; None leaves it.
-        scores: names of :data:`tap_diffusion.bench.scores.SCORES`.
+        scores: names of :data:`tap_diffusion.bench.scores.SCORES` or ``DISTANCES``.
     """
 
     model: str
