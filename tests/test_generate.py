@@ -29,7 +29,7 @@ from tap_diffusion.bench.models import draw as bench_draw
 from tap_diffusion.cli import app
 from tap_diffusion.demo.train import build_tokenizers
 from tap_diffusion.errors import UsageError
-from tap_diffusion.generate import Request, draw, generate, psnr, run
+from tap_diffusion.generate import Request, draw, generate, load_pipeline, psnr, run
 from test_sprites import PROMPTS
 from test_sprites import build as build_sprites
 from tiny import WORDS, build_pipeline
@@ -156,7 +156,7 @@ def test_dit_draws_classes(tmp_path: Path) -> None:
 
 
 def test_the_bench_draws_with_dit() -> None:
-    """Whose pipeline knows no tensors."""
+    """By class labels, from a pipeline with an autoencoder."""
     model = BenchModel("dit", dit, [3], [7], lambda labels: {"class_labels": list(labels)})
     pictures = bench_draw(dit(), model, [3], 0, num_inference_steps=3).pictures
     assert pictures.shape[:2] == (1, 3)
@@ -313,6 +313,25 @@ class TestCommand:
         result = CliRunner().invoke(app, ["generate", "x", "--model", str(tmp_path), "--out", str(tmp_path / "out")])
         assert result.exit_code == 2
         assert "has no attribute PixelWanPipeline" in " ".join(result.output.split())
+
+
+def test_offloading_needs_a_device_and_is_diffusers_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, Any]] = []
+
+    def noted(name: str) -> Any:
+        def note(pipe: Any, device: str) -> Any:
+            asked.append((name, device))
+            return pipe
+
+        return note
+
+    for name in ("to", "enable_model_cpu_offload"):
+        monkeypatch.setattr(diffusers.DiffusionPipeline, name, noted(name))
+    with pytest.raises(UsageError, match="offloading is for a GPU"):
+        load_pipeline("fashion", torch.float32, "cpu", offload=True)
+    load_pipeline("fashion", torch.float32, "cuda:1", offload=True)
+    load_pipeline("fashion", torch.float32, "cpu")
+    assert asked == [("enable_model_cpu_offload", "cuda:1"), ("to", "cpu")]
 
 
 def as_pictures(values: Tensor) -> Any:

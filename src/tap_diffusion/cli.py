@@ -106,6 +106,9 @@ def generate(
     model: ModelOption = "emoji",
     dtype: ModelDTypeOption = DType.auto,
     device: ModelDeviceOption = None,
+    offload: Annotated[
+        bool, _option("Model", "--offload", help="Keep on the GPU only what is at work, for models that don't fit.")
+    ] = False,
     steps: Annotated[int, _option("Sampling", help="Denoising steps.", min=1)] = 50,
     seed: Annotated[int, _option("Sampling", help="Seed of the first picture; the next take the next.", min=0)] = 0,
     guidance: Annotated[
@@ -161,7 +164,8 @@ def generate(
         for option, given in (("--address", address), ("--workers", workers)):
             if given is not None and engine != EngineName.ray:
                 raise UsageError(f"{option} is for --engine ray")
-        for option, asked in (("a prompt", prompts), ("--compare", compare), ("--repeats", repeats > 1)):
+        few = {"a prompt": prompts, "--compare": compare, "--repeats": repeats > 1, "--offload": offload}
+        for option, asked in few.items():
             if asked and engine is not None:
                 raise UsageError(f"{option} is for a few pictures; with an engine they come from the file of --prompts")
         wanted = [] if engine is not None else _prompts(prompts or [], prompt_file)
@@ -187,7 +191,7 @@ def generate(
             }  # fmt: skip
             _generate_many(prompt_file, common, (dtype, device), on_ray, (seed, width, height), batch_size or 8, out)
             return
-        pipe = load_pipeline(model, *_placement(dtype, device))
+        pipe = load_pipeline(model, *_placement(dtype, device), offload)
         wanted = [prompt_for(model, prompt) for prompt in wanted]
         request = Request(wanted, steps, seed, guidance, height, width, frames, batch_size)
         written: list[str] = []

@@ -37,16 +37,19 @@ EMBEDDED: Mapping[str, tuple[Path, type[DiffusionPipeline]]] = {
 }
 
 
-def load_pipeline(model: str, dtype: torch.dtype, device: str) -> DiffusionPipeline:
+def load_pipeline(model: str, dtype: torch.dtype, device: str, offload: bool = False) -> DiffusionPipeline:
     """Load a pipeline with diffusers' own loading code.
 
     Args:
         model: ``emoji`` (the embedded model), ``fashion`` or ``sprites`` (the bench's), a folder with a
             ``model_index.json``, or a hub id ``owner/name``.
+        offload: keep the parts in host memory while they are not needed.
 
     Raises:
-        UsageError: there is no such model, or the hub could not be reached.
+        UsageError: there is no such model, or the hub could not be reached; or there is nothing to offload from.
     """
+    if offload and device == "cpu":
+        raise UsageError("offloading is for a GPU, whose memory a model doesn't fit in")
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None
     path, kind = EMBEDDED.get(model, (Path(model), DiffusionPipeline))
     if path.is_dir():
@@ -69,7 +72,10 @@ def load_pipeline(model: str, dtype: torch.dtype, device: str) -> DiffusionPipel
                 " connect to the network, or give a folder"
             ) from error
         raise UsageError(f"could not load '{model}': {_first_line(error)}") from error
-    return pipe.to(device)
+    if not offload:
+        return pipe.to(device)
+    pipe.enable_model_cpu_offload(device=device)
+    return pipe
 
 
 def prompt_for(model: str, prompt: str) -> str:
@@ -351,7 +357,7 @@ def _summary(
         "frames": samples.shape[1] if samples.ndim == 5 else None,
         "batch_size": len(next(request.batches(pipe))),
         "dtype": str(parameter.dtype).removeprefix("torch."),
-        "device": str(parameter.device),
+        "device": str(pipe._execution_device),  # where parts are only while they run, if offloaded
         "config": config.to_dict(),
         "versions": {
             "tap_diffusion": __version__,

@@ -99,7 +99,7 @@ def drawn(output: Any) -> Tensor:
         values = getattr(output, "frames", None)
     if values is None:
         raise UsageError(f"a pipeline that returns {type(output).__name__} makes neither pictures nor videos")
-    if isinstance(values, np.ndarray):  # DiTPipeline knows no tensors
+    if isinstance(values, np.ndarray):  # as DiTPipeline gave whatever was asked for
         values = torch.from_numpy(values).movedim(-1, -3)
     elif isinstance(values, list):
         values = torch.stack(values)
