@@ -4,7 +4,9 @@ A page includes by HTML comments, which are all that GitHub's view of the file l
 
     <!-- include README.md -->                  its introduction, under the page's own title if it has one
     <!-- include README.md: Use it -->          one section; without its heading where the page's title is the same
-    <!-- bench: budgets --> <!-- bench: results --> <!-- weights -->
+    <!-- bench: budgets --> <!-- weights -->
+
+Run as a script it writes the page of results, which GitHub shows as well.
 """
 
 from __future__ import annotations
@@ -33,6 +35,16 @@ _FOREIGN = re.compile(r"""<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)
 _ROLE = re.compile(r":[a-z]+:<code>([^<&]*?)(?: ?&lt;([\w.]+)&gt;)?</code>")
 
 Cell = dict[str, Any]
+TAPS = (BASELINE, "tap-planned", "tap-paper")  # of TAP's variants, those that the results show
+RESULTS = """# Results of the bench
+
+Made from `docs/bench/*/results.json`, which [`tap bench`](bench.md) wrote, by `python docs/mkdocs_hooks.py`. PSNR in dB
+to the full model's result with the same seed, each method on the schedule or with the threshold that suited it best on
+calibration samples; in bold the best. What the names stand for: [methods](methods.md). The reports also have TAP's
+other variants, intervals, times, memory, pictures, and what was tried in tuning; they are one HTML file each, to be
+downloaded and opened.
+
+"""
 
 
 # --------------------------------------------------------------------------------------------------------------- mkdocs
@@ -99,9 +111,7 @@ def filled(markdown: str) -> str:
         return relinked(text, ROOT, "index.md")
 
     markdown = re.sub(r"<!-- include (\S+?)(?:: (.+))? -->", include, markdown)
-    made: dict[str, Callable[[], str]] = {
-        "bench: budgets": lambda: per_model(budgets), "bench: results": lambda: per_model(results), "weights": weights,
-    }  # fmt: skip
+    made: dict[str, Callable[[], str]] = {"bench: budgets": lambda: per_model(budgets), "weights": weights}
     return re.sub(r"<!-- (bench: \w+|weights) -->", lambda match: made[match[1]](), markdown)
 
 
@@ -234,10 +244,10 @@ def budgets(cells: list[Cell]) -> str:
 
 
 def results(cells: list[Cell]) -> str:
-    """PSNR of all methods but TAP's variants, and the ratio of times at the middle budget; the best there first."""
+    """PSNR of all methods but most of TAP's variants, and the ratio of times at the middle budget; best first there."""
     columns = _budgets(cells)
     timed = columns[len(columns) // 2]
-    shown = [cell for cell in cells if cell["family"] != "tap" or cell["method"] in (BASELINE, "tap-paper")]
+    shown = [cell for cell in cells if cell["family"] != "tap" or cell["method"] in TAPS]
     found = {(cell["method"], cell["budget"]): cell for cell in shown}
     best = [max(cell["psnr_db"] for cell in shown if cell["budget"] == budget) for budget in columns]
 
@@ -246,8 +256,8 @@ def results(cells: list[Cell]) -> str:
             return "–"
         return f"**{cell['psnr_db']:.1f}**" if cell["psnr_db"] == best else f"{cell['psnr_db']:.1f}"
 
-    def rank(method: str) -> float:
-        return -found[method, timed]["psnr_db"] if (method, timed) in found else 0.0
+    def rank(method: str) -> tuple[float, str]:
+        return -found[method, timed]["psnr_db"] if (method, timed) in found else 0.0, method
 
     rows = [
         [method, *(figure(found.get((method, budget)), top) for budget, top in zip(columns, best, strict=True)),
@@ -292,3 +302,12 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 def _unindented(svg: str) -> str:
     """Markdown ends an HTML block at an empty line, and takes indented lines for code."""
     return "".join(line.strip() + " " for line in svg.splitlines() if line.strip())
+
+
+def results_page() -> str:
+    """The page docs/results.md."""
+    return RESULTS + per_model(results) + "\n"
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "results.md").write_text(results_page(), encoding="utf-8")

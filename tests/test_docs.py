@@ -247,7 +247,7 @@ def test_figures_are_those_of_the_bench(file: Path) -> None:
         for budget, cell in zip(budgets, row[1:-1], strict=True)
     }
     for cell in measured:
-        if cell["method"] in ("tap", "tap-paper") or cell["family"] != "tap":
+        if cell["method"] in mkdocs_hooks.TAPS or cell["family"] != "tap":
             assert float(shown[cell["method"], cell["budget"]]) == pytest.approx(cell["psnr_db"], abs=0.051)
     timed = budgets[len(budgets) // 2]
     order = [float(cell) for (_, budget), cell in shown.items() if budget == timed and cell != "–"]
@@ -258,6 +258,10 @@ def test_figures_are_those_of_the_bench(file: Path) -> None:
             low, high = cell["psnr_ci"]
             assert f"**{cell['psnr_db']:.1f}** [{low:.1f}, {high:.1f}]" in table
     assert 'class="plot"><svg' in table
+
+
+def test_the_page_of_results_is_up_to_date() -> None:
+    assert text_of("docs/results.md") == mkdocs_hooks.results_page(), "run python docs/mkdocs_hooks.py"
 
 
 def test_weights_are_those_of_the_families() -> None:
