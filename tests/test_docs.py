@@ -192,7 +192,7 @@ def test_sections_of_the_readme_are_included() -> None:
     readme = text_of("README.md")
     page = mkdocs_hooks.filled("# Title\n\n<!-- include README.md -->\n<!-- include README.md: Use it -->")
     assert page.startswith("# Title\n\n\nDiffusion transformers run")
-    assert "## Use it\n```python" in page
+    assert "## Use it\n    pip install" in page
     assert "](models.md)" in page
     assert "](docs/" not in page
     assert "Try it" not in page

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
@@ -106,6 +107,47 @@ def test_a_run_that_starts_lower_than_the_last_one_stopped() -> None:
         Run(scheduler).calls(tracker, stop=2)
         calls = Run(scheduler, start=3).calls(tracker)
         assert steps(calls) == [(0, True), (1, False)]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_branches_that_begin_and_end_in_mid_run(known: bool) -> None:
+    """Guiders of modular pipelines give no names, and shift the calls of a step: skip-layer guidance has the same
+    conditioning as the first branch, and guidance may end before it does, or begin after."""
+    run = Run()
+    tracker = knowing(run.scheduler) if known else StepTracker()
+    cond, uncond = run.embeddings
+    order = {0: "cu", 1: "cus", 2: "csu", 3: "cs", 4: "cs"}
+    found: dict[str, list[str]] = {"c": [], "u": [], "s": []}
+    for i, t in enumerate(run.timesteps):
+        for kind in order[i]:
+            found[kind].append(tracker.locate(t.expand(2) / 1000, None, uncond if kind == "u" else cond).branch)
+        run.scheduler.step(torch.zeros(1, 4), t, torch.zeros(1, 4))
+    assert [len(set(names)) for names in found.values()] == [1, 1, 1]
+    assert len({names[0] for names in found.values()}) == 3
+
+
+def test_a_prompt_that_changes_in_mid_run_has_a_history_of_its_own() -> None:
+    run = Run(steps=6)
+    tracker, prompts = knowing(run.scheduler), [torch.zeros(1), torch.zeros(1)]
+    calls = []
+    for i, t in enumerate(run.timesteps):
+        calls.append(tracker.locate(t.expand(2) / 1000, None, prompts[i >= 3]))
+        run.scheduler.step(torch.zeros(1, 4), t, torch.zeros(1, 4))
+    assert [call.branch for call in calls] == ["#0"] * 3 + ["#1"] * 3
+    assert [call.step for call in calls] == list(range(6))
+
+
+@pytest.mark.parametrize("fresh", ["cu", "u"])
+def test_embeddings_made_anew_at_each_step_go_by_their_place(fresh: str) -> None:
+    run = Run()
+    tracker, kept = knowing(run.scheduler), torch.zeros(1)
+    found: dict[str, set[str]] = {"c": set(), "u": set()}
+    for t in run.timesteps:
+        for kind in "cu":
+            embeddings = torch.zeros(1) if kind in fresh else kept
+            found[kind].add(tracker.locate(t.expand(2) / 1000, None, embeddings).branch)
+        run.scheduler.step(torch.zeros(1, 4), t, torch.zeros(1, 4))
+    assert found == {"c": {"#0"}, "u": {"#1"}}
 
 
 def test_the_same_embeddings_again() -> None:

@@ -48,6 +48,7 @@ class _Branch:
     conditioning: Callable[[], Any]  # weak: the tracker must not keep embeddings alive
     position: float
     time: _Time  # read only where the position is in doubt
+    steady: bool  # whether its conditioning is the same object from call to call
 
 
 class StepTracker:
@@ -72,6 +73,8 @@ class StepTracker:
         self._position = math.inf
         self._step = -1
         self._branches: dict[str, _Branch] = {}
+        self._called: list[str] = []  # branches of this step, in their order
+        self._called_before: list[str] = []  # and of the one before
         self._steps: int | None = None
         self._timeline: Timeline | None = None
 
@@ -101,8 +104,11 @@ class StepTracker:
             self._go_by_time()
             timesteps, position, is_last = None, time.position(), None
         advances = position < self._position
-        name = branch if branch is not None else f"#{0 if advances else self._calls_at(position)}"
+        if advances:
+            self._called_before, self._called = self._called, []
+        name = branch if branch is not None else self._unnamed(conditioning)
         known = self._branches.get(name)
+        first = self._branches[self._called_before[0]] if branch is None and self._called_before else known
         if (
             timesteps is not self._timesteps
             or position > self._position
@@ -112,20 +118,36 @@ class StepTracker:
             or (
                 timesteps is None
                 and advances
-                and (known is None or known.conditioning() is not conditioning)
+                and (first is None or first.conditioning() is not conditioning)
                 and self._strangers <= _STRANGERS
             )
         ):
             self.reset()
-            name = branch if branch is not None else "#0"
+            name, known = branch if branch is not None else "#0", None
         if position < self._position:
             self._step += 1
         self._timesteps, self._position = timesteps, position
-        self._branches[name] = _Branch(_weak(conditioning), position, time)
+        steady = known is not None and known.conditioning() is conditioning
+        self._branches[name] = _Branch(_weak(conditioning), position, time, steady)
+        self._called.append(name)
         starts = self._step == 0 and len(self._branches) == 1
         if starts and timesteps is not None:
             self._look_ahead(time)
         return Call(self._step, name, starts, is_last, self._steps, self._timeline)
+
+    def _unnamed(self, conditioning: Any) -> str:
+        """The branch of a call to which the pipeline gives no name: the one of the same conditioning that has not been
+        called in this step, else the one at the same place among the calls of the step before."""
+        for name, known in self._branches.items():
+            if known.conditioning() is conditioning and name not in self._called and name.startswith("#"):
+                return name
+        place = len(self._called)
+        if place < len(self._called_before):
+            name = self._called_before[place]
+            # Guidance may begin or end in mid-run, and then places shift.
+            if name not in self._called and not self._branches[name].steady:
+                return name
+        return f"#{len(self._branches)}"
 
     def _look_ahead(self, time: _Time) -> None:
         """Ask the scheduler about the steps to come."""
@@ -145,9 +167,6 @@ class StepTracker:
         for known in self._branches.values():
             known.position = known.time.position()
         self._timesteps, self._position = None, min(known.position for known in self._branches.values())
-
-    def _calls_at(self, position: float) -> int:
-        return sum(branch.position == position for branch in self._branches.values())
 
     def _read(self, time: _Time, familiar: bool) -> tuple[Tensor | None, float, bool | None]:
         """The timesteps of this trajectory if a scheduler is known, the falling position, whether it is the last."""
