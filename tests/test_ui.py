@@ -36,6 +36,8 @@ from tap_diffusion.reporting import Choice, Report
 from tap_diffusion.schedule import paper_steps, plan
 from tap_diffusion.ui import FASTER, FULL, METHODS, Page, RecordingEngine, full_steps, serve
 from tap_diffusion.ui_parts import maps
+from test_generate import dit, sd3
+from test_sprites import build as build_sprites
 from tiny import build_pipeline, count_calls
 
 RECOMMENDED, PAPER = list(METHODS)[:2]
@@ -227,9 +229,29 @@ def test_words_are_asked_of_the_embedded_model_alone(pipe: Any) -> None:
     assert not any(Page(pipe, "some/model").problems("a dog", 0, 12, FULL, 4, PAPER))
 
 
-def test_another_pipeline_is_refused() -> None:
-    with pytest.raises(UsageError, match="this is a SimpleNamespace"):
-        Page(SimpleNamespace(), "x")
+@pytest.mark.parametrize("make", [dit, build_sprites])
+def test_pipelines_that_draw_something_else_are_refused(make: Callable[[], Any]) -> None:
+    with pytest.raises(UsageError, match=r"(DiT|PixelWan)Pipeline draws something else"):
+        Page(make(), "x")
+
+
+def test_a_pipeline_of_another_kind() -> None:
+    """Both branches of guidance in one batch, of which the maps show the one with the prompt."""
+    pipe = sd3()
+    (full, accelerated), *_, html, slider, _ = generated(Page(pipe, "some/model"))
+    request = Request(["red apple"], 12, 3)
+    plain = run(pipe, request, "")[0]
+    with enabled(pipe, METHODS[RECOMMENDED](12, 4)):
+        picture, _ = run(pipe, request, "")
+        choices = report(pipe).choices
+    for shown, expected_picture in ((full, plain), (accelerated, picture)):
+        np.testing.assert_array_equal(shrunk(shown, picture.shape[-1]), np.asarray(to_image(expected_picture[0])))
+    assert slider.maximum == len(choices) > 2
+    assert choices[0].index.shape[0] == 2
+    for choice in choices:
+        share = (choice.index[-1] == 0).float().mean()
+        assert f"Step {choice.step + 1} of 12.</strong>" in html
+        assert f"order 1 {100 * share:.0f} %" in html or share == 0
 
 
 def test_maps_colour_each_token_by_what_it_took_and_its_loss() -> None:
@@ -238,7 +260,7 @@ def test_maps_colour_each_token_by_what_it_took_and_its_loss() -> None:
     loss = torch.tensor([[1e-4, 1e-4, 1e-4, 1e-2, 1e-4, 1e-4]])
     choices = [Choice(3, "a", members, index, loss), Choice(3, "b", members, index, loss)]
     choices.append(Choice(4, "a", members, 1 - index, loss))
-    count, html = maps(Report(choices=choices), (2, 3), 9, Image.new("RGB", (8, 8)))
+    count, html = maps(Report(choices=choices), 9, Image.new("RGB", (12, 8)))
     assert count == 2
     found = re.findall(r'base64,([^"]*)" alt="step (\d)" data-frame="(\d)"( hidden)?', html)
     assert [item[1:] for item in found] == [("4", "1", ""), ("5", "2", " hidden")] * 2

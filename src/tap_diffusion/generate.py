@@ -332,16 +332,15 @@ def _choices(pipe: Any, request: Request, account: Report, pictures: Tensor) -> 
     samples, tokens = shown[0].index.shape
     *_, batch = request.batches(pipe)
     height, width = pictures.shape[-2:]
-    rows = round((tokens * height / width) ** 0.5)
-    columns = tokens // rows
-    if rows * columns != tokens or rows * width != columns * height or samples % len(batch):
+    grid = pipelines.grid(tokens, height, width)
+    if grid is None or samples % len(batch):
         return None
     # With both branches in one batch, the one with the prompt is the last, but for class labels the first.
     first = 0 if pipelines.condition(pipe) == "class_labels" else samples - len(batch)
     part = batch[:COLUMNS]
     shown = [choice.of(slice(first, first + len(part))) for choice in shown]
     prompts = [request.prompts[i] for i in part]
-    return choices_sheet(shown, pictures[list(part)], (rows, columns), prompts, max(1, 160 // width))
+    return choices_sheet(shown, pictures[list(part)], grid, prompts, max(1, 160 // width))
 
 
 def _summary(

@@ -85,6 +85,13 @@ def _config(pipe: Any) -> Mapping[str, Any]:
     return config
 
 
+def grid(tokens: int, height: int, width: int) -> tuple[int, int] | None:
+    """Rows and columns of a picture's tokens; None where there are others among them, such as those of the prompt."""
+    rows = round((tokens * height / width) ** 0.5)
+    columns = tokens // rows
+    return (rows, columns) if rows * columns == tokens and rows * width == columns * height else None
+
+
 def drawn(output: Any) -> Tensor:
     """Pictures (count, C, H, W) or videos (count, F, C, H, W) in [0, 1], on the CPU in float32.
 

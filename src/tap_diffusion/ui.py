@@ -20,6 +20,7 @@ from diffusers import FluxPipeline
 from PIL import Image
 from torch import Tensor
 
+from tap_diffusion import pipelines
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.demo.sheets import to_image
 from tap_diffusion.engine import Engine
@@ -95,7 +96,7 @@ class Page:
     """One pipeline and the sessions that share it, one run at a time.
 
     Args:
-        pipe: a text-to-image FLUX pipeline.
+        pipe: draws pictures from prompts.
         model: its name, as :func:`tap_diffusion.generate.load_pipeline` takes it.
 
     Raises:
@@ -103,8 +104,9 @@ class Page:
     """
 
     def __init__(self, pipe: Any, model: str) -> None:
-        if not isinstance(pipe, FluxPipeline):
-            raise UsageError(f"tap ui is for text-to-image FLUX pipelines; this is a {type(pipe).__name__}")
+        if pipelines.frames_argument(pipe) is not None or pipelines.condition(pipe) != "prompt":
+            raise UsageError(f"tap ui draws pictures from prompts, and {type(pipe).__name__} draws something else")
+        Request([""]).check(pipe)
         self.pipe, self.model = pipe, model
         self.sessions: defaultdict[str | None, Session] = defaultdict(Session)
         self._lock = Lock()
@@ -140,6 +142,8 @@ class Page:
     def _problem_of_prompt(self, prompt: str) -> str:
         if not prompt.strip():
             return "Say what to draw."
+        if not isinstance(self.pipe, FluxPipeline):  # others cut off what is too long, and warn
+            return ""
         tokenizer = self.pipe.tokenizer_2
         if self.model == "emoji":
             known = {token.removeprefix("▁") for token in tokenizer.get_vocab() if token.startswith("▁")} - {""}
@@ -171,7 +175,8 @@ class Page:
                 pipe._interrupt = session.current is not this
                 return values
 
-            result = run(self.pipe, wanted, title, callback_on_step_end=after_step)
+            told = "callback_on_step_end" in pipelines.parameters(self.pipe)
+            result = run(self.pipe, wanted, title, **({"callback_on_step_end": after_step} if told else {}))
             if session.current is not this:
                 raise _Stopped
             return result
@@ -191,7 +196,7 @@ class Page:
             raise gr.Error("Out of memory: start `tap ui` with --dtype bfloat16, or a smaller model.") from None
         session.current = None
         _, full, full_seconds = session.plain
-        frames, html = maps(account, self._grid(wanted), wanted.steps, to_image(picture[0]))
+        frames, html = maps(account, wanted.steps, to_image(picture[0]))
         return (
             (_enlarged(to_image(full[0])), _enlarged(to_image(picture[0]))),
             table(account, full_seconds, seconds, psnr(picture, full)[0]),
@@ -210,11 +215,6 @@ class Page:
         """Stop and forget a session."""
         if session := self.sessions.pop(request.session_hash, None):
             session.current = None
-
-    def _grid(self, request: Request) -> tuple[int, int]:
-        height, width = request.size(self.pipe)
-        patch = 2 * self.pipe.vae_scale_factor
-        return height // patch, width // patch
 
     def blocks(self, plots: str = "") -> gr.Blocks:
         """The page; ``plots`` are those of :func:`frontier`, if any."""

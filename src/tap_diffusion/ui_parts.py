@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tap_diffusion import pipelines
 from tap_diffusion.demo.sheets import colour, png
 from tap_diffusion.predictors import Candidate
 from tap_diffusion.reporting import Choice, Report
@@ -35,12 +36,13 @@ def table(account: Report, plain_seconds: float, seconds: float, psnr_db: float)
     return f"<table><thead><tr><th></th><th>every step full</th><th>accelerated</th></tr></thead><tbody>{body}</table>"
 
 
-def maps(account: Report, grid: tuple[int, int], steps: int, picture: Image.Image) -> tuple[int, str]:
+def maps(account: Report, steps: int, picture: Image.Image) -> tuple[int, str]:
     """What each token took and its proxy loss, one frame for each predicted step of the first branch.
+
+    Of several branches in one batch it is that of the last, which has the prompt.
 
     Args:
         account: of a run of one sample by :class:`RecordingEngine`.
-        grid: rows and columns of tokens, N in all.
         steps: of the trajectory.
         picture: to show beside the maps.
 
@@ -50,6 +52,9 @@ def maps(account: Report, grid: tuple[int, int], steps: int, picture: Image.Imag
     chosen = [choice for choice in account.choices if choice.branch == account.choices[0].branch]
     if not chosen:
         return 0, "<p>All took the same: there was one predictor, and so nothing to choose.</p>"
+    grid = pipelines.grid(chosen[0].index.shape[1], picture.height, picture.width)
+    if grid is None:
+        return 0, "<p>This model has other tokens among those of the picture, which can't be drawn on it.</p>"
     lags = any(candidate.lag for choice in chosen for candidate in choice.candidates)
 
     def name_of(candidate: Candidate) -> str:
@@ -60,7 +65,7 @@ def maps(account: Report, grid: tuple[int, int], steps: int, picture: Image.Imag
     frames: dict[str, list[str]] = {"taken": [], "loss": [], "words": []}
     for i, (choice, loss) in enumerate(zip(chosen, losses, strict=True)):
         palette = np.array([colour(candidate) for candidate in choice.candidates])
-        taken = choice.index[0].cpu().long()
+        taken = choice.index[-1].cpu().long()
         share = (loss - low) / max(high - low, 1e-9)
         hidden = f'data-frame="{i + 1}"' + (" hidden" if i else "")
         for name, colours in (("taken", palette[taken.numpy()]), ("loss", _heat(share.numpy()))):
@@ -93,7 +98,7 @@ def maps(account: Report, grid: tuple[int, int], steps: int, picture: Image.Imag
 def _loss(choice: Choice) -> Tensor:
     assert choice.loss is not None
     # Of a token that is not finite, which a GPU tells of one step late, as large as it can get.
-    return choice.loss[0].float().cpu().nan_to_num(2.0, 2.0).clamp(1e-12, 2.0)
+    return choice.loss[-1].float().cpu().nan_to_num(2.0, 2.0).clamp(1e-12, 2.0)
 
 
 _HEAT = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)]) / 255  # viridis
