@@ -20,6 +20,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.hooks import apply_first_block_cache
 from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -328,6 +329,14 @@ class TestPromise6:
     def test_another_cache_is_enabled(self, pipe: Any) -> None:
         pipe.transformer.enable_cache(FirstBlockCacheConfig())
         with pytest.raises(ValueError, match=r"FirstBlockCacheConfig.*disable_cache"):
+            tap.enable(pipe)
+
+    def test_another_cache_is_applied_by_a_function(self, pipe: Any) -> None:
+        with tap.enabled(pipe):
+            apply_first_block_cache(pipe.transformer, FirstBlockCacheConfig())
+            with pytest.raises(ValueError, match=r"FBCHeadBlockHook, which can't be combined.*load the model anew"):
+                sample(pipe)
+        with pytest.raises(ValueError, match="FBCHeadBlockHook"):
             tap.enable(pipe)
 
     def test_another_cache_is_enabled_later(self, pipe: Any) -> None:

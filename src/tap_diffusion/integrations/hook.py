@@ -9,7 +9,7 @@ import torch
 from diffusers.hooks.hooks import BaseState, ModelHook, StateManager
 from torch import Tensor, nn
 
-from tap_diffusion.compiling import uncompiled_itself
+from tap_diffusion.compiling import uncompiled, uncompiled_itself
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.errors import UnsupportedModelError
 from tap_diffusion.integrations.depth import Depth, named
@@ -49,13 +49,14 @@ class TAPHook(Passes, ModelHook):
                     f"parallelism was enabled on this {type(module).__name__} when TAP was there already;"
                     " call tap.enable(...) again, after enable_parallelism(...)"
                 )
-            refuse_other_caches(module)
             timestep = arguments.get(self.spec.timestep)
             if timestep is None:
                 raise ValueError(f"{type(module).__name__} got no {self.spec.timestep}, by which TAP tells its steps")
             call = self.tracker.locate(
                 timestep, self._branch(), arguments.get(self.spec.conditioning), rising=self.spec.rising
             )
+            if call.starts_trajectory:
+                refuse_other_caches(module)
             forward = partial(self.fn_ref.original_forward, *args, **kwargs)
             output = self.run(self._depth, [call], forward, _device(arguments))
             if call.is_last_step:
@@ -89,15 +90,26 @@ class TAPHook(Passes, ModelHook):
         return module
 
 
+@uncompiled
 def refuse_other_caches(module: nn.Module) -> None:
     """Raise ValueError where another cache works on the module: each would take the other's guesses for the truth."""
+    hooks = [hook for part in module.modules() for hook in _hooks(part)]
+    others = [hook for hook in hooks if hook._is_stateful and not isinstance(hook, TAPHook)]
     if getattr(module, "is_cache_enabled", False):
-        name, remedy = f"diffusers' {type(module._cache_config).__name__}", "its disable_cache()"
+        name, remedy = f"diffusers' {type(module._cache_config).__name__}", "call its disable_cache()"
     elif getattr(module, "_is_cached", False):
-        name, remedy = "cache-dit", "cache_dit.disable_cache(pipe)"
+        name, remedy = "cache-dit", "call cache_dit.disable_cache(pipe)"
+    elif others:  # by one of diffusers' apply_... functions, which leave nothing to undo it by
+        name, remedy = f"diffusers' {type(others[0]).__name__}", "load the model anew"
     else:
         return
-    raise ValueError(f"{type(module).__name__} uses {name}, which can't be combined with TAP; call {remedy}")
+    raise ValueError(f"{type(module).__name__} uses {name}, which can't be combined with TAP; {remedy}")
+
+
+def _hooks(module: nn.Module) -> list[ModelHook]:
+    """diffusers' own on a module."""
+    registry = getattr(module, "_diffusers_hook", None)
+    return [] if registry is None else list(registry.hooks.values())
 
 
 def _parallelism(module: nn.Module) -> Any:
