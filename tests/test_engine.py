@@ -158,20 +158,41 @@ def test_late_checks_reuse_at_once_and_run_the_next_step_in_full(monkeypatch: py
     bad[1, 2, 0] = math.nan
     driver = Driver().run(probe={4: bad})
     assert driver.full == [0, 1, 2, 5, 6, 10]
-    assert driver.engine.report.fallbacks == {"non-finite values in a predicted step before": 1}
+    assert driver.engine.report.fallbacks == {"non-finite values in a step before": 1}
     assert driver.outputs[4].isfinite().all()
     torch.testing.assert_close(driver.outputs[4][1, 2], -features(2)[1, 2])
 
 
-def test_a_late_flag_is_not_lost_before_it_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Engine, "checks_late", staticmethod(lambda _: True))
+def arriving_when_asked_twice() -> Any:
     asked = [0]
 
-    def arrives_after_one_more_step(flag: _LateFlag) -> bool:
-        asked[0] += 1
-        return asked[0] > 1 and bool(flag.flag)
+    def is_raised(flag: _LateFlag) -> bool:
+        asked[0] += bool(flag.flag)
+        return bool(flag.flag) and asked[0] > 1
 
-    monkeypatch.setattr(_LateFlag, "is_raised", arrives_after_one_more_step)
+    return is_raised
+
+
+@pytest.mark.parametrize("what", ["residual", "probe"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_bad_anchor_is_noticed_late_and_never_used_as_it_is(
+    what: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU a full step doesn't wait either, so that the host runs ahead into the predicted ones."""
+    monkeypatch.setattr(Engine, "checks_late", staticmethod(lambda _: True))
+    monkeypatch.setattr(_LateFlag, "is_raised", arriving_when_asked_twice())
+    bad = features(6).clone()
+    bad[1, 2, 0] = value
+    given: dict[str, Any] = {what: {6: bad}}
+    driver = Driver().run(**given)
+    assert driver.full == [0, 1, 2, 6, 8, 10]
+    assert driver.engine.report.fallbacks == {"non-finite values in a step before": 1}
+    assert all(driver.outputs[step].isfinite().all() for step in (7, 9, 11))
+
+
+def test_a_late_flag_is_not_lost_before_it_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Engine, "checks_late", staticmethod(lambda _: True))
+    monkeypatch.setattr(_LateFlag, "is_raised", arriving_when_asked_twice())
     bad = features(3).clone()
     bad[1, 2, 0] = math.nan
     assert Driver().run(probe={3: bad}).full == [0, 1, 2, 5, 6, 10]

@@ -82,7 +82,7 @@ class Engine:
             self._even_clock()
         self._pending.clear()
         if call.branch in self._doubts and self._doubts[call.branch].is_raised():
-            self.fall_back(call, "non-finite values in a predicted step before")
+            self.fall_back(call, "non-finite values in a step before")
             return True
         if plan(self.config, self._steps, self._timeline)(call.step):
             return True
@@ -186,7 +186,14 @@ class Engine:
         residual = (after - before).to(before.dtype)
         if probe is not None:
             probe = self._sketched(probe)
-        if self._ranks.any(~_finite(residual, probe)):
+        streams = self._histories.get(call.branch, {})
+        if not any(other.times[0] == call.step for other in streams.values()):
+            self._doubts.pop(call.branch, None)  # from before this step
+        doubt = self._ranks.any(~_finite(residual, probe))
+        if self.checks_late(residual):
+            self._flag(call, doubt)
+            residual, probe = _with_zeros(residual), None if probe is None else _with_zeros(probe)
+        elif doubt:
             # No anchor rather than a bad one. The steps up to the next full one then have none and run in full.
             self._histories.pop(call.branch, None)
             return
@@ -195,7 +202,6 @@ class Engine:
         if history is None or not history.fits(residual):
             history = streams[stream] = History(self.config.anchors, _dtype(self.config.cache_dtype))
         history.add(call.step, residual, probe)
-        self._doubts.pop(call.branch, None)
 
     @uncompiled
     def hindsight(self, call: Call) -> float:
@@ -275,10 +281,13 @@ class Engine:
     def _trust(self, call: Call, doubt: Tensor, late: bool) -> None:
         """Raise Fallback where something is not finite; on a GPU one step late, so that nothing waits for it."""
         doubt = self._ranks.any(doubt)
-        if not late:
-            if doubt:
-                raise Fallback("non-finite values")
-            return
+        if late:
+            self._flag(call, doubt)
+        elif doubt:
+            raise Fallback("non-finite values")
+
+    def _flag(self, call: Call, doubt: Tensor) -> None:
+        """Keep a doubt on a branch until it can be read without waiting."""
         if call.branch in self._doubts:  # not arrived yet
             doubt = doubt | self._doubts[call.branch].flag
         self._doubts[call.branch] = _LateFlag(doubt, awaited=self._ranks.several)
@@ -338,6 +347,11 @@ class _LateFlag:
         if self._awaited and self._arrived is not None:
             self._arrived.synchronize()
         return (self._arrived is None or self._arrived.query()) and bool(self._value)
+
+
+def _with_zeros(features: Tensor) -> Tensor:
+    """Zeros in place of what is not finite."""
+    return features.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _finite(*tensors: Tensor | None) -> Tensor:
