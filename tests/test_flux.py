@@ -23,7 +23,6 @@ from diffusers import (
 from diffusers.hooks import apply_first_block_cache
 from PIL import Image
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tap_diffusion as tap
@@ -31,7 +30,17 @@ from tap_diffusion import TAPConfig, TAPWarning, UnsupportedModelError
 from tap_diffusion.integrations.depth import Depth, StandIns
 from tap_diffusion.integrations.models import SPECS
 from tap_diffusion.schedule import full_steps
-from tiny import TOKENS, build_pipeline, build_transformer, count_calls, engine_of, interrupt_at, sample
+from tiny import (
+    TOKENS,
+    Operations,
+    build_pipeline,
+    build_transformer,
+    count_calls,
+    counted_forward,
+    engine_of,
+    interrupt_at,
+    sample,
+)
 
 CONFIGS = {
     "paper": TAPConfig.paper(4),
@@ -443,37 +452,6 @@ class TestPromise7:
             sample(pipe)
         assert counter.count > 0
         assert counter.reads == []
-
-
-class Operations(TorchDispatchMode):
-    """Counts operations, and those that read a value on the host."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-        self.reads: list[str] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        reads = function is torch.ops.aten._local_scalar_dense.default or "nonzero" in str(function)
-        # Coefficients come from the host in the first place: they are float64 and never on the device.
-        if reads and not (isinstance(args[0], Tensor) and args[0].dtype == torch.float64):
-            self.reads.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
-def counted_forward(transformer: Any, counter: Operations, steps: set[int]) -> None:
-    """Count within the calls of the transformer at these steps."""
-    forward, calls = transformer.forward, [-1]
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        if calls[0] not in steps:
-            return forward(*args, **kwargs)
-        with counter:
-            return forward(*args, **kwargs)
-
-    transformer.forward = counted
 
 
 def test_order_zero_equals_an_independent_recomputation(pipe: Any) -> None:

@@ -32,7 +32,7 @@ from tap_diffusion.errors import UsageError
 from tap_diffusion.generate import Request, draw, generate, load_pipeline, psnr, run
 from test_sprites import PROMPTS
 from test_sprites import build as build_sprites
-from tiny import WORDS, build_pipeline
+from tiny import WORDS, Operations, build_pipeline, counted_forward
 from zoo import build
 
 TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -161,6 +161,18 @@ def test_the_bench_draws_with_dit() -> None:
     pictures = bench_draw(dit(), model, [3], 0, num_inference_steps=3).pictures
     assert pictures.shape[:2] == (1, 3)
     assert 0 <= pictures.min() < pictures.max() <= 1
+
+
+def test_steps_of_a_scheduler_that_does_not_count_wait_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tap_diffusion.engine.Engine.checks_late", staticmethod(lambda _: True))
+    monkeypatch.setattr("tap_diffusion.engine._LateFlag.is_raised", lambda _: False)
+    pipe, counter = dit(), Operations()
+    with tap.enabled(pipe, tap.TAPConfig(full_steps=4)):
+        counted_forward(pipe.transformer, counter, set(range(1, 8)))
+        draw(pipe, Request((), steps=8), ["3"], [0])
+        assert tap.report(pipe).predicted_steps == 4
+    assert counter.count > 0
+    assert counter.reads == []
 
 
 def test_what_a_pipeline_finds_wrong_is_told_in_a_line() -> None:

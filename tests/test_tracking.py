@@ -10,6 +10,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
 from tap_diffusion.tracking import Call, StepTracker
+from tiny import Operations
 
 
 class Run:
@@ -241,6 +242,24 @@ def test_the_scheduler_spares_reading_the_timestep() -> None:
         tracker.locate((t.expand(1) / 1000).as_subclass(Costly), "cond", run.embeddings[0])
         run.scheduler.step(torch.zeros(1, 4), t, torch.zeros(1, 4))
     assert Costly.reads == 1
+
+
+@pytest.mark.parametrize("start", [0, 2])
+@pytest.mark.parametrize("kind", ["view", "copy"])
+def test_timesteps_of_a_scheduler_that_does_not_count_are_looked_up(kind: str, start: int) -> None:
+    """Pipelines pass views of the scheduler's timesteps, whose place tells the value; a copy has to be read."""
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(7)
+    tracker, embeddings = knowing(scheduler), torch.zeros(1)
+    read, calls = [], []
+    for t in scheduler.timesteps[start:]:
+        given = t[None].expand(2) if kind == "view" else t[None].repeat(2)
+        with Operations() as operations:
+            calls.append(tracker.locate(given, None, embeddings))
+        read.append(len(operations.reads))
+    assert [call.step for call in calls] == list(range(7 - start))
+    assert [call.is_last_step for call in calls] == [False] * (6 - start) + [True]
+    assert (sum(read[1:]) == 0) == (kind == "view")
 
 
 def test_keeps_no_embeddings_alive() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from tap_diffusion.demo.train import build_tokenizers
@@ -102,3 +103,34 @@ def count_calls(module: torch.nn.Module) -> list[int]:
 
     module.register_forward_hook(count)
     return calls
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations, and those that read a value on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.reads: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        reads = function is torch.ops.aten._local_scalar_dense.default or "nonzero" in str(function)
+        # Coefficients come from the host in the first place: they are float64 and never on the device.
+        if reads and not (isinstance(args[0], Tensor) and args[0].dtype == torch.float64):
+            self.reads.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def counted_forward(transformer: Any, counter: Operations, steps: set[int]) -> None:
+    """Count within the calls of the transformer at these steps."""
+    forward, calls = transformer.forward, [-1]
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] not in steps:
+            return forward(*args, **kwargs)
+        with counter:
+            return forward(*args, **kwargs)
+
+    transformer.forward = counted

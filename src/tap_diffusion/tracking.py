@@ -65,6 +65,7 @@ class StepTracker:
         self._strangers = 0  # calls in a row with a conditioning never seen before
         self._trusted: Any = None  # the scheduler whose timesteps this trajectory runs through
         self._idle: Tensor | None = None  # timesteps of a scheduler that nobody steps
+        self._values: tuple[Tensor, list[float]] | None = None  # of one that does not count, and on the host
         self.reset()
 
     def reset(self) -> None:
@@ -178,7 +179,10 @@ class StepTracker:
             return None, time.position(), None
         index = _index(scheduler)
         if index is None:
-            return scheduler.timesteps, time.position(), time.is_at(float(scheduler.timesteps[-1]))
+            if self._values is None or self._values[0] is not scheduler.timesteps:
+                self._values = scheduler.timesteps, scheduler.timesteps.tolist()
+            time.look_up(*self._values)
+            return scheduler.timesteps, time.position(), time.is_at(self._values[1][-1])
         return scheduler.timesteps, -float(index), index == len(scheduler.timesteps) - 1
 
     def _whose(self, time: _Time) -> Any:
@@ -211,6 +215,14 @@ class _Time:
 
     def __init__(self, value: Any, rising: bool) -> None:
         self._value, self._rising = value, rising
+
+    def look_up(self, timesteps: Tensor, values: list[float]) -> None:
+        """Take the value from these of the scheduler where it is a view of its timesteps, so as not to read it."""
+        given = self._value
+        if not isinstance(given, Tensor) or not given.numel() or _storage(given) != _storage(timesteps):
+            return
+        if all(stride == 0 or size == 1 for size, stride in zip(given.shape, given.stride(), strict=True)):
+            self._value = values[(given.storage_offset() - timesteps.storage_offset()) // timesteps.stride(0)]
 
     def __float__(self) -> float:
         if not isinstance(self._value, Tensor):
@@ -246,6 +258,11 @@ def _index(scheduler: Any) -> int | None:
     if not hasattr(scheduler, "step_index"):
         return None
     return scheduler.step_index if scheduler.step_index is not None else (getattr(scheduler, "begin_index", None) or 0)
+
+
+def _storage(tensor: Tensor) -> tuple[object, ...]:
+    """Where a tensor's numbers are, and of what type."""
+    return tensor.device, tensor.dtype, tensor.untyped_storage().data_ptr()
 
 
 def _weak(value: Any) -> Callable[[], Any]:
