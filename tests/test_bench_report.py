@@ -317,8 +317,9 @@ def test_options_reach_the_bench(folder: Path, fake: type[FakeBench]) -> None:
         "--out", folder,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    model, methods, suite, budgets, out, steps = fake.asked
+    model, methods, suite, budgets, out, steps, keep = fake.asked
     assert (model, suite, budgets, out, steps) == ("the model", bench.SUITES["standard"], [9, 4], folder, 20)
+    assert not keep
     assert list(methods) == ["tap", "fora", "mine"]
     assert (folder / "command.txt").read_text() == (
         f"tap bench --model emoji --suite standard --methods tap,fora,{own} --budgets 9,4 --steps 20 --out {folder}\n"
@@ -338,6 +339,17 @@ def test_the_suite_can_be_changed_in_samples_and_repeats(
     result = run("--samples", 6, "--out", folder)
     assert result.exit_code == 2
     assert "emoji has 5 samples to be measured on, not 6; give that or less" in result.stderr
+
+
+def test_scores_and_kept_samples_reach_the_bench(
+    folder: Path, fake: type[FakeBench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MODELS, "emoji", lambda: SimpleNamespace(judged_by=lambda names: ("judged by", *names)))
+    result = run("--scores", "lpips,clip_score", "--keep", "--out", folder)
+    assert result.exit_code == 0, result.output
+    assert fake.asked[0] == ("judged by", "lpips", "clip_score")
+    assert fake.asked[-1] is True
+    assert "--scores lpips,clip_score --keep --budgets 8" in (folder / "command.txt").read_text()
 
 
 def test_the_suite_gives_methods_and_budgets(folder: Path, fake: type[FakeBench]) -> None:

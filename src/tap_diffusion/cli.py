@@ -314,7 +314,8 @@ def bench(
             _make_writable(out)
         else:
             judged, made = _setup(model, recipe, prompt_file, dtype, device)
-            judged = judged.judged_by(scores.split(",") if scores else [])
+            if scores is not None:
+                judged = judged.judged_by(scores.split(","))
             given = {
                 "--model": model or (None if recipe else "emoji"),
                 "--recipe": recipe,
