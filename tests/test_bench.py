@@ -541,6 +541,15 @@ def test_samples_are_kept_by_prompt(tmp_path: Path) -> None:
     assert np.abs(picture - 255 * drawn.permute(1, 2, 0).numpy()).max() < 1
 
 
+def test_samples_kept_by_a_run_that_stopped_before_their_cell_was_written(tmp_path: Path) -> None:
+    model, suite = tiny_model(measured=["red apple"]), replace(SUITE, samples=1, repeats=0)
+    for _ in range(2):
+        cells = Bench(model, {"fora": registry()["fora"]}, suite, (4,), tmp_path, STEPS, keep=True).run()
+        assert len(cells) == 2
+        assert [file.name for file in (tmp_path / "samples" / "fora-4").iterdir()] == ["red apple-0.png"]
+        (tmp_path / "cells" / "fora-4.parquet").unlink()
+
+
 def test_videos_are_kept_as_videos(tmp_path: Path) -> None:
     model = BenchModel("tiny", build_sprites, PROMPTS[:1], PROMPTS[1:], lambda prompts: {"prompt": list(prompts)})
     suite = replace(SUITE, samples=1, repeats=0)

@@ -29,7 +29,7 @@ from tap_diffusion.bench.models import draw as bench_draw
 from tap_diffusion.cli import app
 from tap_diffusion.demo.train import build_tokenizers
 from tap_diffusion.errors import UsageError
-from tap_diffusion.generate import Request, draw, generate, load_pipeline, psnr, run
+from tap_diffusion.generate import Request, draw, generate, load_pipeline, prompt_for, psnr, run
 from test_sprites import PROMPTS
 from test_sprites import build as build_sprites
 from tiny import WORDS, Operations, build_pipeline, counted_forward
@@ -257,6 +257,25 @@ def test_sizes_are_multiples_of_a_token(
     """The configurations are those that these models are published with."""
     monkeypatch.setattr(pipelines, "transformers", lambda _: [SimpleNamespace(config=transformer)])
     assert pipelines.multiple(SimpleNamespace(vae=SimpleNamespace(config=vae), **scales)) == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "height", "width", "expected"),
+    [(64, 32, 32, (8, 8)), (24, 32, 48, (4, 6)), (64 + 7, 32, 32, None), (1, 16, 1024, None), (64, 16, 1024, (1, 64))],
+)
+def test_tokens_of_a_picture_form_a_grid(
+    tokens: int, height: int, width: int, expected: tuple[int, int] | None
+) -> None:
+    assert pipelines.grid(tokens, height, width) == expected
+
+
+@pytest.mark.parametrize("model", ["emoji", "sprites"])
+def test_embedded_models_read_capitals(model: str) -> None:
+    tokenizers = load_pipeline(model, torch.float32, "cpu").components
+    tokenizer = tokenizers.get("tokenizer_2", tokenizers["tokenizer"])
+    assert tokenizer(prompt_for(model, "Fox Face")).input_ids == tokenizer("fox face").input_ids
+    assert tokenizer("Fox Face").input_ids != tokenizer("fox face").input_ids
+    assert prompt_for("some/model", "Fox Face") == "Fox Face"
 
 
 def test_results_without_pictures_are_named() -> None:

@@ -33,10 +33,10 @@ import torch
 from tap_diffusion import __version__
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.errors import UsageError
-from tap_diffusion.files import write_whole
+from tap_diffusion.files import FPS, write_whole
 from tap_diffusion.generate import Request, draw, load_pipeline
 from tap_diffusion.integrations.api import enable, report
-from tap_diffusion.media import FPS, encoded
+from tap_diffusion.media import encoded
 from tap_diffusion.rows import ROWS, Row, batches
 
 TRIES = 3  # of a batch whose worker dies

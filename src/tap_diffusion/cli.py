@@ -22,6 +22,7 @@ from rich.table import Table
 
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.errors import ConfigError, UnsupportedModelError, UsageError
+from tap_diffusion.files import FPS
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +140,7 @@ def generate(
     repeats: Annotated[
         int, _option("Output", help="Timed runs of each with --compare, alternating; medians count.", min=1)
     ] = 1,
-    fps: Annotated[int, _option("Output", help="Frames a second of videos.", min=1)] = 16,
+    fps: Annotated[int, _option("Output", help="Frames a second of videos.", min=1)] = FPS,
     out: Annotated[Path, _option("Output", "--out", "-o", help="Folder for results and report.json.")] = Path("out"),
     engine: Annotated[
         EngineName | None,

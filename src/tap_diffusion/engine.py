@@ -186,7 +186,7 @@ class Engine:
         residual = (after - before).to(before.dtype)
         if probe is not None:
             probe = self._sketched(probe)
-        streams = self._histories.get(call.branch, {})
+        streams = self._histories.setdefault(call.branch, {})
         if not any(other.times[0] == call.step for other in streams.values()):
             self._doubts.pop(call.branch, None)  # from before this step
         doubt = self._ranks.any(~_finite(residual, probe))
@@ -197,7 +197,6 @@ class Engine:
             # No anchor rather than a bad one. The steps up to the next full one then have none and run in full.
             self._histories.pop(call.branch, None)
             return
-        streams = self._histories.setdefault(call.branch, {})
         history = streams.get(stream)
         if history is None or not history.fits(residual):
             history = streams[stream] = History(self.config.anchors, _dtype(self.config.cache_dtype))

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+FPS = 16  # frames a second of videos, where none are given: Wan's; pipelines don't tell
+
 
 def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
     """Write a file so that it is there whole or not at all."""

@@ -26,6 +26,7 @@ from tap_diffusion.config import TAPConfig
 from tap_diffusion.demo import EMOJI
 from tap_diffusion.demo.sheets import choices_sheet, sheet, stack
 from tap_diffusion.errors import ConfigError, UsageError
+from tap_diffusion.files import FPS
 from tap_diffusion.integrations.api import enabled, report, supported, transformers
 from tap_diffusion.reporting import Report
 
@@ -79,8 +80,8 @@ def load_pipeline(model: str, dtype: torch.dtype, device: str, offload: bool = F
 
 
 def prompt_for(model: str, prompt: str) -> str:
-    """A prompt as a model reads it: the embedded one's vocabulary has no capitals."""
-    return prompt.lower() if model == "emoji" else prompt
+    """A prompt as a model reads it: the embedded ones' vocabularies have no capitals."""
+    return prompt.lower() if model in EMBEDDED else prompt
 
 
 def guidance_for(model: str, guidance: float | None) -> float | None:
@@ -227,7 +228,7 @@ def draw(
     except ValueError as error:
         raise UsageError(f"{type(pipe).__name__}: {_first_line(error)}") from error
     samples = 2 * pipelines.drawn(output) - 1
-    return samples if samples.shape[-3] == 3 else samples.expand(*samples.shape[:-3], 3, *samples.shape[-2:])
+    return samples.expand(*samples.shape[:-3], 3, -1, -1)  # gray ones as well
 
 
 def _check_negative(pipe: Any, arguments: Mapping[str, Any]) -> None:
@@ -258,7 +259,7 @@ def generate(
     compare: bool = False,
     repeats: int = 1,
     note: Callable[[str], None] = lambda _: None,
-    fps: int = media.FPS,
+    fps: int = FPS,
 ) -> dict[str, Any]:
     """Generate with TAP, and with ``compare`` without it too; write pictures or videos, sheets and ``report.json`` to
     ``out``.

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from tap_diffusion.demo.sheets import png, to_image
 from tap_diffusion.errors import UsageError
-
-FPS = 16  # frames a second, where none are given: Wan's; pipelines don't tell
+from tap_diffusion.files import FPS
 
 
 def check_videos() -> None:

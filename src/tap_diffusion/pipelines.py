@@ -87,7 +87,7 @@ def _config(pipe: Any) -> Mapping[str, Any]:
 
 def grid(tokens: int, height: int, width: int) -> tuple[int, int] | None:
     """Rows and columns of a picture's tokens; None where there are others among them, such as those of the prompt."""
-    rows = round((tokens * height / width) ** 0.5)
+    rows = max(1, round((tokens * height / width) ** 0.5))
     columns = tokens // rows
     return (rows, columns) if rows * columns == tokens and rows * width == columns * height else None
 

@@ -238,7 +238,7 @@ class Bench:
             },
         } | self._costs(variant, calls)
         self._show(drawn, name)
-        if self.keep:
+        if self.keep and not kept.exists():
             self._keep(drawn, kept)
         file.parent.mkdir(exist_ok=True)
         table = pa.table(rows).replace_schema_metadata({"facts": json.dumps(facts)})

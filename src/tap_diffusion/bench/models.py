@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import FluxPipeline
 from torch import Tensor
 
-from tap_diffusion.bench import WEIGHTS, judges, sprites
-from tap_diffusion.bench.pixels import PixelDiTPipeline, PixelWanPipeline
+from tap_diffusion.bench import judges, sprites
 from tap_diffusion.bench.recipes import Recipe
 from tap_diffusion.bench.scores import DISTANCES, SCORES, check
-from tap_diffusion.demo import EMOJI, data
+from tap_diffusion.demo import data
 from tap_diffusion.demo.train import MAX_TOKENS
 from tap_diffusion.errors import UsageError
 from tap_diffusion.generate import load_pipeline
@@ -123,7 +122,7 @@ def emoji() -> BenchModel:
 
     return BenchModel(
         "emoji",
-        lambda: FluxPipeline.from_pretrained(EMOJI, dtype=torch.float32),
+        partial(load_pipeline, "emoji", torch.float32, "cpu"),
         measured + _spread(more, MEASURED - 64),
         calibration,
         arguments,
@@ -135,7 +134,7 @@ def fashion() -> BenchModel:
     """Class-conditional DiT on Fashion-MNIST: noise prediction, guidance in one batch."""
     return BenchModel(
         "fashion",
-        lambda: PixelDiTPipeline.from_pretrained(WEIGHTS / "fashion", dtype=torch.float32),
+        partial(load_pipeline, "fashion", torch.float32, "cpu"),
         [i % 10 for i in range(MEASURED)],
         [i % 10 for i in range(32)],
         lambda labels: {"class_labels": list(labels), "guidance_scale": 1.5},
@@ -150,7 +149,7 @@ def sprites_() -> BenchModel:
     unseen = sprites.captions("test")
     return BenchModel(
         "sprites",
-        lambda: PixelWanPipeline.from_pretrained(WEIGHTS / "sprites", dtype=torch.float32),
+        partial(load_pipeline, "sprites", torch.float32, "cpu"),
         [unseen[i % len(unseen)] for i in range(MEASURED)],
         _spread(sprites.captions("train"), 32),
         lambda prompts: {"prompt": list(prompts), "guidance_scale": 3.0},

@@ -107,12 +107,13 @@ def check(names: Sequence[str]) -> None:
     for name in names:
         if name not in SCORES and name not in DISTANCES:
             raise UsageError(f"no score is named '{name}'; there are {', '.join([*SCORES, *DISTANCES])}")
-        package = PACKAGES.get(name)
-        if package is not None and importlib.util.find_spec(package) is None:
-            raise UsageError(f"the score {name} needs its package: pip install {INSTALLED_AS.get(package, package)}")
+        if name in PACKAGES and importlib.util.find_spec(PACKAGES[name][0]) is None:
+            raise UsageError(f"the score {name} needs its package: pip install {PACKAGES[name][1]}")
 
 
 SCORES = {"clip_score": clip_score, "image_reward": image_reward}  # of a result and what was asked for
 DISTANCES = {"lpips": lpips}  # of a result to the full model's
-PACKAGES = {"image_reward": "ImageReward", "lpips": "torchvision"}  # to import, beyond the bench's own
-INSTALLED_AS = {"ImageReward": "image-reward"}
+PACKAGES = {  # beyond the bench's own: as they are imported, and as they are installed
+    "image_reward": ("ImageReward", "image-reward"),
+    "lpips": ("torchvision", "torchvision"),
+}
