@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -23,7 +24,7 @@ from typer.testing import CliRunner
 from tap_diffusion.bench import bench, plots
 from tap_diffusion.bench.methods import registry
 from tap_diffusion.bench.models import MODELS
-from tap_diffusion.bench.report import read_cells, summary, verdict, write_report
+from tap_diffusion.bench.report import read_cells, renew_report, summary, verdict, write_report
 from tap_diffusion.cli import app
 from tap_diffusion.errors import UsageError
 
@@ -257,6 +258,49 @@ def test_few_samples_are_named(folder: Path, samples: int, warned: bool) -> None
     text = write_report(folder).read_text(encoding="utf-8")
     assert ("With so few samples they are too narrow." in text) == warned
     assert "of 5, about 0.2 would" in text  # 5 % of the comparisons to TAP, 0.25
+
+
+def test_times_are_told_where_they_were_taken(folder: Path) -> None:
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert "median and range of 3 runs of 4 samples. 1 of 7 cells have none" in page
+    run = json.loads((folder / "run.json").read_text())
+    timed = {"on": "2026-11-26", "repeats": 5, "samples": 1, "versions": {"torch": "10"}, "machine": run["machine"]}
+    (folder / "run.json").write_text(json.dumps(run | {"timed": timed}))
+    page = renew_report(folder).read_text(encoding="utf-8")
+    assert (
+        "median and range of 5 runs of 1 samples. They were taken by themselves on 2026-11-26, with torch 10 on"
+        " Some &lt;Processor&gt;, 2 cores, 1 torch threads. 1 of 7 cells" in page
+    )
+
+
+def test_a_run_that_was_not_timed_says_so(folder: Path) -> None:
+    untimed = {"time_speedup": None, "time_speedup_range": None}
+    (folder / "results.json").write_text(json.dumps([cell | untimed for cell in CELLS]))
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert "Nothing was timed." in page
+    assert "timed runs" not in page.split("<b>Times.</b>")[1]
+    assert page.count("<figure><svg") == 1
+
+
+def test_a_page_is_renewed_in_what_tells_times_alone(folder: Path) -> None:
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert renew_report(folder).read_text(encoding="utf-8") == page
+    shutil.rmtree(folder / "tuning")
+    shutil.rmtree(folder / "pictures")
+    (folder / "command.txt").unlink()
+    cells = [cell | {"time_speedup": 4.44, "time_speedup_range": [4.4, 4.5]} for cell in CELLS]
+    (folder / "results.json").write_text(json.dumps(cells))
+    renewed = renew_report(folder).read_text(encoding="utf-8")
+    assert results(Page(renewed), 8)["tap"][1]["timefaster, × [range]"] == "4.44× [4.40, 4.50]"
+    for start, end in (("<header>", "</header>"), ('<section id="tuning">', "</main>")):
+        assert renewed[renewed.index(start) : renewed.index(end)] == page[page.index(start) : page.index(end)]
+
+
+def test_a_page_of_another_kind_is_not_renewed(folder: Path) -> None:
+    (folder / "report.html").write_text("<p>mine</p>")
+    with pytest.raises(UsageError, match="has no section 'frontier'"):
+        renew_report(folder)
+    assert (folder / "report.html").read_text() == "<p>mine</p>"
 
 
 def test_a_folder_without_results(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,3 +15,9 @@ def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
     partial = file.with_suffix(".partial")
     write(partial)
     partial.replace(file)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON, indented."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_whole(file, lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -30,13 +30,13 @@ from tqdm import tqdm
 
 from tap_diffusion.bench import BASELINE, metrics, truth
 from tap_diffusion.bench.ablation_page import write_page
-from tap_diffusion.bench.bench import Bench, Suite, write_json
+from tap_diffusion.bench.bench import Bench, Suite
 from tap_diffusion.bench.calibration import run
 from tap_diffusion.bench.methods import Method, Setting, Variant, on_engine
 from tap_diffusion.bench.models import MODELS, BenchModel
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.engine import Engine
-from tap_diffusion.files import write_whole
+from tap_diffusion.files import write_json, write_whole
 from tap_diffusion.predictors import Candidate
 from tap_diffusion.schedule import even_steps, paper_steps
 from tap_diffusion.timeline import Timeline

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import random
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -34,9 +32,10 @@ from tap_diffusion.bench.calibration import SEED, Calibration, run, run_all
 from tap_diffusion.bench.counting import Counts, flops, live_bytes
 from tap_diffusion.bench.methods import Method, Setting, Variant
 from tap_diffusion.bench.models import BenchModel, Drawn
+from tap_diffusion.bench.timing import cell_name, read_times, stopwatch, time_cells
 from tap_diffusion.demo.sheets import sheet
 from tap_diffusion.errors import UsageError
-from tap_diffusion.files import write_whole
+from tap_diffusion.files import write_json, write_whole
 from tap_diffusion.media import check_videos, encoded
 from tap_diffusion.pipelines import frames_argument
 
@@ -132,7 +131,9 @@ class Bench:
             )
         for (name, budget), variant in tqdm(chosen.items(), desc="measuring", unit="cell"):
             self._measure(self.methods[name], budget, variant)
-        self._time(chosen)
+        seconds = stopwatch(self.pipe, self.model, self.suite.timed, self.steps)
+        variants = {cell_name(*cell): variant for cell, variant in chosen.items()}
+        time_cells(variants, seconds, self.suite.repeats, self.out / "times.json")
         return self._collect()
 
     # ------------------------------------------------------------------------------------------------- full results
@@ -178,7 +179,7 @@ class Bench:
     def _tune(self, method: Method, budget: int) -> Variant | None:
         """The method's best variant on the calibration samples; None where it has none here."""
         setting = Setting(self.pipe, self.steps, budget, self.calibration)
-        file = self.out / "tuning" / f"{method.name}-{budget}.json"
+        file = self.out / "tuning" / f"{cell_name(method.name, budget)}.json"
         file.parent.mkdir(exist_ok=True)
         variants = list(method.variants(setting)) if not file.exists() else []
         if not file.exists():
@@ -202,7 +203,7 @@ class Bench:
 
     def _measure(self, method: Method | None, budget: int, variant: Variant | None) -> None:
         """Measure one cell, or without method the full model, unless it has been measured."""
-        name = "full" if method is None else f"{method.name}-{budget}"
+        name = "full" if method is None else cell_name(method.name, budget)
         file, kept = self.out / "cells" / f"{name}.parquet", self.out / "samples" / name
         if file.exists() and (kept.exists() or not self.keep):
             return
@@ -250,45 +251,6 @@ class Bench:
             run(self.pipe, self.model, variant, self.measured[:1], 0, self.steps)
         return {"flops": counter.get_total_flops(), "live_bytes": max(found, default=0)}
 
-    # ------------------------------------------------------------------------------------------------------ the times
-
-    def _time(self, chosen: Mapping[tuple[str, int], Variant]) -> None:
-        """Time every cell, a few at a time between two runs of the plain pipeline, in another order each time."""
-        times = self._times()
-        todo = []
-        for repeat in range(self.suite.repeats):
-            cells = sorted(chosen)
-            random.Random(repeat).shuffle(cells)
-            todo.append([cell for cell in cells if len(times.get(_key(cell), [])) <= repeat])
-        if not any(todo):
-            return
-        self._seconds(None)  # warm up
-        with tqdm(total=sum(map(len, todo)), desc="timing", unit="run") as progress:
-            for cells in todo:
-                before = self._seconds(None)
-                for first in range(0, len(cells), 6):
-                    group = cells[first : first + 6]
-                    seconds = {}
-                    for cell in group:
-                        seconds[cell] = self._seconds(chosen[cell])
-                        progress.update()
-                    after = self._seconds(None)
-                    for cell in group:
-                        times.setdefault(_key(cell), []).append((before + after) / 2 / seconds[cell])
-                    before = after
-                    write_json(self.out / "times.json", times)
-
-    def _times(self) -> dict[str, list[float]]:
-        """What has been timed: each cell's ratios to the plain pipeline."""
-        file = self.out / "times.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-    def _seconds(self, variant: Variant | None) -> float:
-        conditions = self.measured[: self.suite.timed]
-        start = time.perf_counter()
-        run(self.pipe, self.model, variant, conditions, 0, self.steps)  # ends with a copy to the host
-        return time.perf_counter() - start
-
     # --------------------------------------------------------------------------------------------------- the results
 
     def _collect(self) -> list[dict[str, Any]]:
@@ -296,13 +258,13 @@ class Bench:
         tables = {file.stem: pq.read_table(file) for file in sorted((self.out / "cells").glob("*.parquet"))}
         joined = pa.concat_tables(tables.values(), promote_options="default")
         write_whole(self.out / "samples.parquet", lambda partial: pq.write_table(joined, partial))
-        times = self._times()
+        times = read_times(self.out / "times.json")
         full = tables.pop("full")
         cells = [self._cell("full", "full", self.steps, full, full, None, times)]
         for budget in self.budgets:
             baseline = tables.get(f"{BASELINE}-{budget}")
             for method in self.methods.values():
-                table = tables.get(f"{method.name}-{budget}")
+                table = tables.get(cell_name(method.name, budget))
                 if table is not None:
                     cells.append(self._cell(method.name, method.kind, budget, table, full, baseline, times))
         write_json(self.out / "results.json", cells)
@@ -314,7 +276,7 @@ class Bench:
     ) -> dict[str, Any]:  # fmt: skip
         facts, plain = (json.loads(t.schema.metadata[b"facts"]) for t in (table, full))
         values = {name: table[name].to_pylist() for name in table.column_names}
-        ratios = times.get(_key((method, budget)), [])
+        ratios = times.get(cell_name(method, budget), [])
         cell = {
             "model": self.model.name,
             "method": method,
@@ -354,15 +316,8 @@ class Bench:
             "model": self.model.name,
             "steps": self.steps,
             "suite": asdict(self.suite) | {"methods": None, "budgets": None},
-            "versions": {
-                "tap_diffusion": __version__,
-                "torch": torch.__version__,
-                "diffusers": diffusers.__version__,
-                "python": platform.python_version(),
-            },
             "scores": list(self.model.extra),
-            "machine": {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        }
+        } | environment()
         file = self.out / "run.json"
         if file.exists():
             known = json.loads(file.read_text(encoding="utf-8"))
@@ -377,14 +332,17 @@ class Bench:
             write_json(file, settings)
 
 
-def _key(cell: tuple[str, int]) -> str:
-    return f"{cell[0]}-{cell[1]}"
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write JSON, indented."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_whole(file, lambda partial: partial.write_text(text, encoding="utf-8"))
+def environment() -> dict[str, dict[str, Any]]:
+    """What the bench runs with, and on."""
+    return {
+        "versions": {
+            "tap_diffusion": __version__,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "python": platform.python_version(),
+        },
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+    }
 
 
 def _processor() -> str:

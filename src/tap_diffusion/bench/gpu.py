@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 
-from tap_diffusion.bench.bench import write_json
 from tap_diffusion.bench.profile import machine, profile
 from tap_diffusion.bench.profile.loops import Loops, attempted
 from tap_diffusion.bench.profile.subjects import of_size
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.errors import UsageError
+from tap_diffusion.files import write_json
 
 SIZES = ("flux", "qwen-image", "hunyuan-video")
 

@@ -60,7 +60,7 @@ def write_report(out: Path) -> Path:
     measured = [cell for cell in cells if "psnr_db" in cell]
     sections = [
         ("in-short", "In short", _in_short(measured)),
-        ("frontier", "Frontier", _frontier(measured)),
+        ("frontier", "Frontier", _frontier(measured, run)),
         ("results", "Results", _results(measured, full)),
         ("tuning", "What was tried in tuning", _tuning(out, measured)),
         ("pictures", "Pictures", _pictures(out, measured, full)),
@@ -95,6 +95,31 @@ def write_report(out: Path) -> Path:
 """,
         encoding="utf-8",
     )
+    return page
+
+
+def renew_report(out: Path) -> Path:
+    """Make the parts of a page anew that tell times; the others are kept, as what they show may not be in the folder.
+
+    Args:
+        out: folder with the page and results.
+
+    Returns:
+        The file.
+
+    Raises:
+        UsageError: the folder holds no results, or no page with these parts.
+    """
+    cells, run, page = read_cells(out), _json(out, "run.json"), out / "report.html"
+    full = next(cell for cell in cells if "psnr_db" not in cell)
+    measured = [cell for cell in cells if "psnr_db" in cell]
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    for name, body in (("frontier", _frontier(measured, run)), ("results", _results(measured, full))):
+        parts = re.split(rf'(?<=<section id="{name}">)(<h2>[^<]*</h2>).*?(?=</section>)', text, flags=re.DOTALL)
+        if len(parts) != 3:
+            raise UsageError(f"{page} has no section '{name}' as this version writes it")
+        text = parts[0] + parts[1] + body + parts[2]
+    page.write_text(text, encoding="utf-8")
     return page
 
 
@@ -145,7 +170,7 @@ def verdict(cell: Cell) -> Verdict:
 
 def _heading(out: Path, run: Mapping[str, Any], measured: Sequence[Cell], full: Cell) -> str:
     """What was run, and how methods were compared."""
-    suite, machine = run["suite"], run["machine"]
+    suite = run["suite"]
     methods = len({cell["method"] for cell in measured})
     command = out / "command.txt"
     again = command.read_text(encoding="utf-8").strip() if command.exists() else None
@@ -155,7 +180,7 @@ def _heading(out: Path, run: Mapping[str, Any], measured: Sequence[Cell], full: 
         f" the full result has {full['steps']} steps",
         "To repeat": f"<pre>{escape(again)}</pre>" if again else "started from Python, not by the command",
         "Versions": escape(", ".join(f"{name} {version}" for name, version in run["versions"].items())),
-        "Machine": escape(f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} torch threads"),
+        "Machine": escape(_machine(run["machine"])),
         "Files from": f"{_date(out / 'run.json')} (begun), {_date(out / 'results.json')} (results)",
     }
     few = " With so few samples they are too narrow." if full["samples"] < _FEW else ""
@@ -172,9 +197,8 @@ thresholds fitted to the budget) are tried on {suite["tuned_on"]} calibration sa
 mean PSNR is then measured on {full["samples"]} others. Quality is the distance to the full result: what the same
 pipeline draws from the same noise with {full["steps"]} full steps. Differences to TAP are paired by seed. Intervals in
 brackets are 95 % percentile bootstrap intervals of the mean over samples, those of differences of the mean paired
-difference.{few}{by_chance} Speed-ups in time are ratios to the plain pipeline, run before and after every few methods
-in the same process, in another order each time: median and range; timed runs: {suite["repeats"]}, of {suite["timed"]}
-samples. A budget counts full evaluations; methods with a threshold meet it only about, so see their full steps.</p>"""
+difference.{few}{by_chance} A budget counts full evaluations; methods with a threshold meet it only about, so see their
+full steps.</p>"""
 
 
 def _in_short(measured: Sequence[Cell]) -> str:
@@ -198,16 +222,31 @@ def _in_short(measured: Sequence[Cell]) -> str:
 <tbody>{"".join(rows)}</tbody></table></div>"""
 
 
-def _frontier(measured: Sequence[Cell]) -> str:
-    untimed = sum(cell["time_speedup"] is None for cell in measured)
-    missing = (
-        f" {untimed} of {len(measured)} cells have no measured time and are not in the second plot." if untimed else ""
-    )
-    return f"""<div class="plots"><figure>{plots.evaluations_plot(measured, BASELINE)}</figure>
-<figure>{plots.time_plot(measured, BASELINE)}</figure></div>
+def _frontier(measured: Sequence[Cell], run: Mapping[str, Any]) -> str:
+    timed = [cell for cell in measured if cell["time_speedup"] is not None]
+    figures = [plots.evaluations_plot(measured, BASELINE), *([plots.time_plot(measured, BASELINE)] if timed else [])]
+    return f"""<div class="plots">{"".join(f"<figure>{figure}</figure>" for figure in figures)}</div>
 <p class="note">In colour: TAP, every method that no other beats in both PSNR and cost at some point, and the best of
 each family at the smallest budget. Grey: the rest. Vertical bars are 95 % intervals of the mean PSNR, horizontal
-ones the range of the timed runs. In the first plot coloured points stand a little aside of each other.{missing}</p>"""
+ones the range of the timed runs. In the first plot coloured points stand a little aside of each other.</p>
+<p><b>Times.</b> {_timing(run, len(timed), len(measured))}</p>"""
+
+
+def _timing(run: Mapping[str, Any], timed: int, cells: int) -> str:
+    if not timed:
+        return "Nothing was timed."
+    suite, again = run["suite"], run.get("timed")
+    repeats, samples = (again["repeats"], again["samples"]) if again else (suite["repeats"], suite["timed"])
+    apart = ""
+    if again:
+        versions = ", ".join(f"{name} {version}" for name, version in again["versions"].items())
+        apart = f" They were taken by themselves on {again['on']}, with {versions} on {_machine(again['machine'])}."
+    missing = f" {cells - timed} of {cells} cells have none and are not in the second plot." if timed < cells else ""
+    return (
+        "Speed-ups in time are ratios to the plain pipeline, run before and after every few methods in the same"
+        f" process, in another order each time: median and range of {repeats} runs of {samples} samples."
+        f"{escape(apart)}{missing}"
+    )
 
 
 def _results(measured: Sequence[Cell], full: Cell) -> str:
@@ -433,6 +472,10 @@ def _td(shown: str, value: float | None, kind: str) -> str:
     """A cell of a table; a number is sorted by its value, not by what is shown."""
     by = "" if value is None else value
     return f'<td class="{kind}">{shown}</td>' if "text" in kind else f'<td class="{kind}" data-v="{by}">{shown}</td>'
+
+
+def _machine(facts: Mapping[str, Any]) -> str:
+    return f"{facts['processor']}, {facts['cores']} cores, {facts['threads']} torch threads"
 
 
 def _listed(items: Iterable[str]) -> str:
