@@ -367,5 +367,36 @@ def test_without_tolerance_it_is_the_plain_pipeline(
     assert torch.equal(drawn.latents, calibration.full.latents)
 
 
+@each_rival
+def test_a_step_is_decided_by_the_probe_that_it_would_record(
+    engine: Callable[[float], Engine], by_hand: Callable[[Script, float], Expected], calibration: Calibration
+) -> None:
+    """A rival may read a probe where TAP, with the same configuration, would not."""
+    seen: list[Tensor] = []
+    pairs: list[tuple[Tensor, Tensor]] = []
+
+    def watched(_: TAPConfig) -> Engine:
+        made = engine(1e-9)
+        predict, record = made.predict, made.record
+
+        def noting(call: Call, hidden_states: Tensor, probe: Callable[[], Tensor], stream: str = "") -> Tensor:
+            seen.append(probe())
+            return predict(call, hidden_states, probe, stream)
+
+        def comparing(call: Call, before: Tensor, after: Tensor, probe: Tensor | None, stream: str = "") -> None:
+            assert probe is not None
+            pairs.extend((deciding, probe) for deciding in seen)
+            seen.clear()
+            record(call, before, after, probe, stream)
+
+        made.predict, made.record = noting, comparing  # type: ignore[method-assign]
+        return made
+
+    calibration.run(on_engine("none", engine(1e-9).config, watched))
+    assert len(pairs) >= 2 * (calibration.steps - 4)
+    for deciding, recorded in pairs:
+        assert torch.equal(deciding, recorded)
+
+
 def test_all_are_registered_as_rivals() -> None:
     assert {name: registry()[name].kind for name in NAMES} == dict.fromkeys(NAMES, "rival")

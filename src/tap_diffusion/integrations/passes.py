@@ -110,7 +110,7 @@ class Passes:
     def _unread(self, calls: Sequence[Call]) -> StandIns:
         """Where stand-ins for unread submodules are kept; none are where the first block, run as probe, reads them, or
         where one pass is for several branches."""
-        read = self.engine.config.chooses and not self._by_modulated_input
+        read = self.engine.needs_probe and not self._by_modulated_input
         return {} if read or len(calls) > 1 else self.engine.unread(calls[0])
 
     @property
