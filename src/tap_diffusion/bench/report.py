@@ -225,10 +225,11 @@ def _in_short(measured: Sequence[Cell]) -> str:
 def _frontier(measured: Sequence[Cell], run: Mapping[str, Any]) -> str:
     timed = [cell for cell in measured if cell["time_speedup"] is not None]
     figures = [plots.evaluations_plot(measured, BASELINE), *([plots.time_plot(measured, BASELINE)] if timed else [])]
+    ranges = ", horizontal ones the range of the timed runs" if timed else ""
     return f"""<div class="plots">{"".join(f"<figure>{figure}</figure>" for figure in figures)}</div>
 <p class="note">In colour: TAP, every method that no other beats in both PSNR and cost at some point, and the best of
-each family at the smallest budget. Grey: the rest. Vertical bars are 95 % intervals of the mean PSNR, horizontal
-ones the range of the timed runs. In the first plot coloured points stand a little aside of each other.</p>
+each family at the smallest budget. Grey: the rest. Vertical bars are 95 % intervals of the mean PSNR{ranges}. By
+evaluations coloured points stand a little aside of each other.</p>
 <p><b>Times.</b> {_timing(run, len(timed), len(measured))}</p>"""
 
 
@@ -241,7 +242,7 @@ def _timing(run: Mapping[str, Any], timed: int, cells: int) -> str:
     if again:
         versions = ", ".join(f"{name} {version}" for name, version in again["versions"].items())
         apart = f" They were taken by themselves on {again['on']}, with {versions} on {_machine(again['machine'])}."
-    missing = f" {cells - timed} of {cells} cells have none and are not in the second plot." if timed < cells else ""
+    missing = f" {cells - timed} of {cells} cells have none and are not in the plot of times." if timed < cells else ""
     return (
         "Speed-ups in time are ratios to the plain pipeline, run before and after every few methods in the same"
         f" process, in another order each time: median and range of {repeats} runs of {samples} samples."
