@@ -101,6 +101,10 @@ def test_cells_that_are_left_out_have_no_time(report: Path, tmp_path: Path) -> N
         ({"schedule": "never"}, "tap at 4 has no schedule 'never' any more"),
         ({"settings": {"orders": [7]}}, "tap at 4 is no longer what the report has: orders"),
         ({"settings": {"gone": None}}, "tap at 4 is no longer what the report has: gone"),
+        (
+            {"full_steps": 9.5},
+            "tap at 4 takes 4 full steps where the report has 9.5: it no longer does what was measured",
+        ),
         ({"method": "mine"}, "has a method that the bench has not: mine"),
         ({"model": "other"}, "only reports of tiny can be timed again, not of other"),
         ({"budget": 5}, "has no budget of 4"),

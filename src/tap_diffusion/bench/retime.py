@@ -22,7 +22,8 @@ from typing import Any
 from tqdm import tqdm
 
 from tap_diffusion.bench.bench import SUITES, environment
-from tap_diffusion.bench.calibration import Calibration
+from tap_diffusion.bench.calibration import Calibration, run
+from tap_diffusion.bench.counting import counted
 from tap_diffusion.bench.methods import Method, Setting, Variant, registry
 from tap_diffusion.bench.models import MODELS, BenchModel
 from tap_diffusion.bench.report import Cell, read_cells, renew_report
@@ -40,11 +41,9 @@ class Told(Calibration):
     settings: Mapping[str, Any]
 
     def fitted(self, name: str, fit: Callable[[], Any]) -> Any:
-        """As the base class for the ratios of MagCache, which its settings don't tell, only what comes of them."""
-        if name == "magcache":
-            return super().fitted(name, fit)
-        told = [FITTED[name]] if name in FITTED else [setting for setting in OTHERS if setting in self.settings]
-        return self.settings[told[0]]
+        """As the base class where no setting tells it; MagCache's tell only what came of its ratios."""
+        known = [FITTED[name]] if name in FITTED else [setting for setting in OTHERS if setting in self.settings]
+        return self.settings[known[0]] if known and name != "magcache" else super().fitted(name, fit)
 
 
 def rebuilt(cell: Cell, method: Method, pipe: Any, calibration: Told) -> Variant:
@@ -70,6 +69,22 @@ def _same(told: Any, now: Any) -> bool:
     if isinstance(told, float) and isinstance(now, float):
         return math.isclose(told, now, rel_tol=1e-3)  # what has been fitted again
     return now is None or bool(told == now)  # None: left to the model, as it was not always
+
+
+def check(cell: Cell, variant: Variant, pipe: Any, calibration: Told) -> None:
+    """Run one sample, and see that it takes about as many full steps as the cell's did, whose threshold knew others.
+
+    Raises:
+        UsageError: it does not.
+    """
+    with counted(pipe) as counts:
+        run(pipe, calibration.model, variant, calibration.model.measured[:1], 0, cell["steps"])
+    found = counts.full / calibration.calls_per_step
+    if abs(found - cell["full_steps"]) > 1 + 0.3 * cell["full_steps"]:
+        raise UsageError(
+            f"{cell['method']} at {cell['budget']} takes {found:.4g} full steps where the report has"
+            f" {cell['full_steps']:.4g}: it no longer does what was measured"
+        )
 
 
 def retime(report: Path, out: Path, budgets: Sequence[int] | None = None, repeats: int = 3, samples: int = 4) -> None:
@@ -100,10 +115,11 @@ def retime(report: Path, out: Path, budgets: Sequence[int] | None = None, repeat
     wanted = [cell for cell in cells[1:] if budgets is None or cell["budget"] in budgets]
     if not wanted:
         raise UsageError(f"{report} has no budget of {', '.join(map(str, budgets or ()))}")
-    chosen = {
-        cell_name(cell["method"], cell["budget"]): rebuilt(cell, known[cell["method"]], pipe, calibration)
-        for cell in tqdm(wanted, desc="rebuilding", unit="cell")
-    }
+    chosen = {}
+    for cell in tqdm(wanted, desc="rebuilding", unit="cell"):
+        variant = rebuilt(cell, known[cell["method"]], pipe, calibration)
+        check(cell, variant, pipe, calibration)
+        chosen[cell_name(cell["method"], cell["budget"])] = variant
     _settle(report, out, {"repeats": repeats, "samples": samples} | environment())
     time_cells(chosen, stopwatch(pipe, model, samples, full["steps"]), repeats, out / "times.json")
     write_times(out, read_times(out / "times.json"))
@@ -122,10 +138,10 @@ def _settle(report: Path, out: Path, timed: dict[str, Any]) -> None:
     try:
         for name in ("results.json", "samples.parquet", "report.html"):
             shutil.copy2(report / name, out / name)
-        run = json.loads((report / "run.json").read_text(encoding="utf-8"))
+        facts = json.loads((report / "run.json").read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"the folder {report} holds no finished run of the bench: {error}") from error
-    write_json(file, run | {"timed": timed | {"on": datetime.now(UTC).strftime("%Y-%m-%d")}})
+    write_json(file, facts | {"timed": timed | {"on": datetime.now(UTC).strftime("%Y-%m-%d")}})
 
 
 def write_times(out: Path, times: Mapping[str, Sequence[float]]) -> None:
