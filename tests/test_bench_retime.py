@@ -89,6 +89,19 @@ def test_only_times_are_new(report: Path, tmp_path: Path) -> None:
         main([*arguments[:-4], "--samples", "1", "--repeats", "2"])
 
 
+def test_another_report_does_not_go_into_the_same_folder(report: Path, tmp_path: Path) -> None:
+    one, other = (shutil.copytree(report, tmp_path / name) for name in ("one", "other"))
+    for folder in (one, other):
+        (folder / "results.json").write_text(json.dumps(read_cells(report)[:2]))
+    facts = json.loads((other / "run.json").read_text())
+    (other / "run.json").write_text(json.dumps(facts | {"model": "emoji"}))
+    retime.retime(one, tmp_path / "out", samples=1, repeats=1)
+    kept = (tmp_path / "out" / "results.json").read_bytes()
+    with pytest.raises(UsageError, match="holds another report, or one timed otherwise"):
+        retime.retime(other, tmp_path / "out", samples=1, repeats=1)
+    assert (tmp_path / "out" / "results.json").read_bytes() == kept
+
+
 def test_cells_that_are_left_out_have_no_time(report: Path, tmp_path: Path) -> None:
     retime.write_times(shutil.copytree(report, tmp_path / "copy"), {"tap-4": [3.0, 1.0, 2.5]})
     times = {cell["method"]: cell["time_speedup"] for cell in read_cells(tmp_path / "copy")}

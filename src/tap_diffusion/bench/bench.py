@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 import diffusers
@@ -32,7 +32,7 @@ from tap_diffusion.bench.calibration import SEED, Calibration, run, run_all
 from tap_diffusion.bench.counting import Counts, flops, live_bytes
 from tap_diffusion.bench.methods import Method, Setting, Variant
 from tap_diffusion.bench.models import BenchModel, Drawn
-from tap_diffusion.bench.timing import cell_name, read_times, stopwatch, time_cells
+from tap_diffusion.bench.timing import cell_name, read_times, speedup, stopwatch, time_cells
 from tap_diffusion.demo.sheets import sheet
 from tap_diffusion.errors import UsageError
 from tap_diffusion.files import write_json, write_whole
@@ -276,7 +276,6 @@ class Bench:
     ) -> dict[str, Any]:  # fmt: skip
         facts, plain = (json.loads(t.schema.metadata[b"facts"]) for t in (table, full))
         values = {name: table[name].to_pylist() for name in table.column_names}
-        ratios = times.get(cell_name(method, budget), [])
         cell = {
             "model": self.model.name,
             "method": method,
@@ -289,8 +288,7 @@ class Bench:
             "samples": len(table),
             "evaluations_speedup": self.steps / facts["full_steps"],
             "flops_speedup": plain["flops"] / facts["flops"],
-            "time_speedup": median(ratios) if ratios else None,
-            "time_speedup_range": [min(ratios), max(ratios)] if ratios else None,
+            **speedup(times.get(cell_name(method, budget), [])),
             "memory_bytes": max(0, facts["live_bytes"] - plain["live_bytes"]),
             "settings": facts["settings"],
         }

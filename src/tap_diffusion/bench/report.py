@@ -55,9 +55,7 @@ def write_report(out: Path) -> Path:
     Raises:
         UsageError: the folder holds no results.
     """
-    cells, run = read_cells(out), _json(out, "run.json")
-    full = next(cell for cell in cells if "psnr_db" not in cell)
-    measured = [cell for cell in cells if "psnr_db" in cell]
+    run, full, measured = _read(out)
     sections = [
         ("in-short", "In short", _in_short(measured)),
         ("frontier", "Frontier", _frontier(measured, run)),
@@ -110,9 +108,8 @@ def renew_report(out: Path) -> Path:
     Raises:
         UsageError: the folder holds no results, or no page with these parts.
     """
-    cells, run, page = read_cells(out), _json(out, "run.json"), out / "report.html"
-    full = next(cell for cell in cells if "psnr_db" not in cell)
-    measured = [cell for cell in cells if "psnr_db" in cell]
+    page = out / "report.html"
+    run, full, measured = _read(out)
     text = page.read_text(encoding="utf-8") if page.exists() else ""
     for name, body in (("frontier", _frontier(measured, run)), ("results", _results(measured, full))):
         parts = re.split(rf'(?<=<section id="{name}">)(<h2>[^<]*</h2>).*?(?=</section>)', text, flags=re.DOTALL)
@@ -406,6 +403,13 @@ def _settings(measured: Sequence[Cell]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------- the parts
+
+
+def _read(out: Path) -> tuple[dict[str, Any], Cell, list[Cell]]:
+    """How a run was made, the full model's cell, and those that were measured against it."""
+    cells = read_cells(out)
+    full = next(cell for cell in cells if "psnr_db" not in cell)
+    return _json(out, "run.json"), full, [cell for cell in cells if "psnr_db" in cell]
 
 
 def _json(out: Path, name: str) -> Any:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from tqdm import tqdm
@@ -25,9 +24,9 @@ from tap_diffusion.bench.bench import SUITES, environment
 from tap_diffusion.bench.calibration import Calibration, run
 from tap_diffusion.bench.counting import counted
 from tap_diffusion.bench.methods import Method, Setting, Variant, registry
-from tap_diffusion.bench.models import MODELS, BenchModel
+from tap_diffusion.bench.models import MODELS
 from tap_diffusion.bench.report import Cell, read_cells, renew_report
-from tap_diffusion.bench.timing import cell_name, read_times, stopwatch, time_cells
+from tap_diffusion.bench.timing import cell_name, read_times, speedup, stopwatch, time_cells
 from tap_diffusion.errors import UsageError
 from tap_diffusion.files import write_json
 
@@ -107,7 +106,7 @@ def retime(report: Path, out: Path, budgets: Sequence[int] | None = None, repeat
     known = registry()
     for name in {cell["method"] for cell in cells[1:]} - known.keys():
         raise UsageError(f"{report} has a method that the bench has not: {name}")
-    model: BenchModel = MODELS[full["model"]]()
+    model = MODELS[full["model"]]()
     pipe = model.load()
     pipe.set_progress_bar_config(disable=True)
     count = SUITES["standard"].tuned_on
@@ -129,28 +128,25 @@ def retime(report: Path, out: Path, budgets: Sequence[int] | None = None, repeat
 def _settle(report: Path, out: Path, timed: dict[str, Any]) -> None:
     """Copy the report and keep with it how it is timed, or see that this has been done."""
     file = out / "run.json"
-    if file.exists():
-        known = json.loads(file.read_text(encoding="utf-8")).get("timed", {})
-        if {name: known.get(name) for name in timed} != timed:
-            raise UsageError(f"the folder {out} holds a report that was timed otherwise; choose another --out")
-        return
-    out.mkdir(parents=True, exist_ok=True)
     try:
-        for name in ("results.json", "samples.parquet", "report.html"):
-            shutil.copy2(report / name, out / name)
         facts = json.loads((report / "run.json").read_text(encoding="utf-8"))
+        if not file.exists():
+            out.mkdir(parents=True, exist_ok=True)
+            for name in ("results.json", "samples.parquet", "report.html"):
+                shutil.copy2(report / name, out / name)
+            write_json(file, facts | {"timed": timed | {"on": datetime.now(UTC).strftime("%Y-%m-%d")}})
     except OSError as error:
         raise UsageError(f"the folder {report} holds no finished run of the bench: {error}") from error
-    write_json(file, facts | {"timed": timed | {"on": datetime.now(UTC).strftime("%Y-%m-%d")}})
+    known = json.loads(file.read_text(encoding="utf-8"))
+    if known != facts | {"timed": timed | {"on": known.get("timed", {}).get("on")}}:
+        raise UsageError(f"the folder {out} holds another report, or one timed otherwise; choose another --out")
 
 
 def write_times(out: Path, times: Mapping[str, Sequence[float]]) -> None:
     """Put ratios in the cells of a folder, in place of those that are there."""
     cells = read_cells(out)
     for cell in cells[1:]:
-        ratios = times.get(cell_name(cell["method"], cell["budget"]))
-        cell["time_speedup"] = median(ratios) if ratios else None
-        cell["time_speedup_range"] = [min(ratios), max(ratios)] if ratios else None
+        cell |= speedup(times.get(cell_name(cell["method"], cell["budget"]), []))
     write_json(out / "results.json", cells)
 
 

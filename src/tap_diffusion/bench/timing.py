@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from tqdm import tqdm
@@ -27,6 +28,14 @@ def cell_name(method: str, budget: int) -> str:
 def read_times(file: Path) -> dict[str, list[float]]:
     """What has been timed: each cell's ratios to the plain pipeline, one for each repeat."""
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def speedup(ratios: Sequence[float]) -> dict[str, Any]:
+    """What a cell of the results says of its time; None where it was not timed."""
+    return {
+        "time_speedup": median(ratios) if ratios else None,
+        "time_speedup_range": [min(ratios), max(ratios)] if ratios else None,
+    }
 
 
 def time_cells(
