@@ -9,13 +9,12 @@ from functools import partial
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from diffusers.hooks import HookRegistry
 from torch import nn
 
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.errors import UnsupportedModelError
 from tap_diffusion.integrations.depth import Depth, parameters, unwrapped
-from tap_diffusion.integrations.hook import TAPHook, refuse_other_caches
+from tap_diffusion.integrations.hook import TAPHook, refuse_other_caches, register, unregister
 from tap_diffusion.integrations.models import REFUSED, SPECS, Stream, TransformerSpec
 from tap_diffusion.reporting import Report
 
@@ -66,7 +65,7 @@ def apply_tap(
         hook.tracker.schedulers = previous.tracker.schedulers
         _remove(module)
     with _beneath_accelerate(module):
-        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _NAME)
+        register(hook, module, _NAME)
 
 
 def enable(target: DiffusionPipeline | nn.Module, config: TAPConfig | None = None) -> None:
@@ -209,7 +208,7 @@ def _hook(module: nn.Module) -> TAPHook | None:
 def _remove(module: nn.Module) -> None:
     registry: Any = module._diffusers_hook
     with _beneath_accelerate(module):
-        registry.remove_hook(_NAME, recurse=False)
+        unregister(module, _NAME)
         if not registry.hooks:
             # diffusers leaves the original forward behind as an attribute of the instance, and the empty registry.
             if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:

@@ -15,7 +15,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -26,7 +25,7 @@ from tap_diffusion.config import TAPConfig
 from tap_diffusion.errors import TAPWarning, UnsupportedModelError
 from tap_diffusion.integrations.depth import Depth, unwrapped
 from tap_diffusion.integrations.models import Stream, TransformerSpec
-from tap_diffusion.integrations.passes import Passes
+from tap_diffusion.integrations.passes import Forward, Passes
 from tap_diffusion.reporting import Report
 from tap_diffusion.timeline import Timeline
 from tap_diffusion.tracking import Call
@@ -154,6 +153,7 @@ class _Accelerator:
             output = executor(noise, latent, sampler, sigmas, *args, **kw)
         finally:
             guider.model_options = options
+            run.detach()
         self.report = run.finish()
         _log.info("%s", self.report)
         return output
@@ -172,7 +172,18 @@ class _Accelerator:
         if run is None or not run.has_begun:  # not within a sampling run, or by a guider that tells no evaluations
             return executor(x, *args, **kwargs)
         module = unwrapped(executor.class_obj.diffusion_model)
-        return run.call(module, options, partial(executor, x, *args, **kwargs), x)
+        holder = executor.class_obj
+
+        def forward(model: nn.Module, _: Any) -> Any:
+            if model is module:
+                return executor(x, *args, **kwargs)
+            held, holder.diffusion_model = holder.diffusion_model, model
+            try:
+                return executor(x, *args, **kwargs)
+            finally:
+                holder.diffusion_model = held
+
+        return run.call(module, options, forward, x)
 
 
 class _Run:
@@ -206,7 +217,7 @@ class _Run:
             elif self._position.step > before:  # conditions come and go, and windows of frames may move at each step
                 lane.engine.forget(before)
 
-    def call(self, module: nn.Module, options: dict[str, Any], forward: partial[Any], x: Tensor) -> Any:
+    def call(self, module: nn.Module, options: dict[str, Any], forward: Forward, x: Tensor) -> Any:
         """One call of a diffusion model, for one condition or several."""
         lane = self._lanes.get(id(module))
         if lane is None:
@@ -244,6 +255,11 @@ class _Run:
             self._names[branch] = kind if count == 0 else f"{kind} {count + 1}"
         return self._names[branch]
 
+    def detach(self) -> None:
+        """Leave the models as they were."""
+        for lane in self._lanes.values():
+            lane.detach()
+
     def finish(self) -> Report:
         """Free all; return what was done."""
         if not self._lanes:
@@ -267,13 +283,20 @@ class _Lane(Passes):
         self._module = module
         self._depth_of: Callable[[nn.Module], Depth] = accelerator.depth
         self._depth = accelerator.depth(module)
+        self._depth.attach()
         self.has_begun = False
 
-    def run_on(self, calls: list[Call], forward: partial[Any], device: torch.device) -> Any:
+    def detach(self) -> None:
+        """Leave the model as it was."""
+        self._depth.detach()
+
+    def run_on(self, calls: list[Call], forward: Forward, device: torch.device) -> Any:
         """One call of the diffusion model, whose blocks may have been replaced since the last one."""
         self.has_begun = True
         if not self._depth.is_current():
+            self._depth.detach()
             self._depth = self._depth_of(self._module)
+            self._depth.attach()
         return self.run(self._depth, calls, forward, device)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
+from inspect import ismethod
 from typing import Any
 
 import torch
+from diffusers.hooks import HookRegistry
 from diffusers.hooks.hooks import BaseState, ModelHook, StateManager
 from torch import Tensor, nn
 
@@ -42,7 +45,7 @@ class TAPHook(Passes, ModelHook):
         """Stand in for the transformer's forward."""
         arguments = named(module, args, kwargs)
         if not self._depth.is_current():
-            self._depth = Depth(module, self.spec)
+            self._watch(Depth(module, self.spec))
         try:
             if _parallelism(module) is not self._parallelism:
                 raise UnsupportedModelError(
@@ -57,7 +60,12 @@ class TAPHook(Passes, ModelHook):
             )
             if call.starts_trajectory:
                 refuse_other_caches(module)
-            forward = partial(self.fn_ref.original_forward, *args, **kwargs)
+
+            def forward(model: nn.Module, without: Sequence[str]) -> Any:
+                given = {name: None if name in without else value for name, value in kwargs.items()}
+                own = self.fn_ref.original_forward
+                return own(*args, **given) if model is module else unbound(own, module)(model, *args, **given)
+
             output = self.run(self._depth, [call], forward, _device(arguments))
             if call.is_last_step:
                 for peer in self.peers:
@@ -69,6 +77,21 @@ class TAPHook(Passes, ModelHook):
                 hook.tracker.reset()
             raise
         return output
+
+    def initialize_hook(self, module: nn.Module) -> nn.Module:
+        """diffusers calls this as the hook is registered."""
+        self._depth.attach()
+        return module
+
+    def deinitalize_hook(self, module: nn.Module) -> nn.Module:
+        """diffusers calls this as the hook is removed, and spells it so."""
+        self._depth.detach()
+        return module
+
+    def _watch(self, depth: Depth) -> None:
+        self._depth.detach()
+        self._depth = depth
+        depth.attach()
 
     def _branch(self) -> str | None:
         try:
@@ -88,6 +111,58 @@ class TAPHook(Passes, ModelHook):
         self.engine.finish()
         self.tracker.reset()
         return module
+
+
+def register(hook: TAPHook, module: nn.Module, name: str) -> None:
+    """Put the hook next to the module's own forward, inside of all other hooks of diffusers.
+
+    Predicted steps run that forward on a view of the module, and what others wrap is bound to the module itself.
+
+    Raises:
+        UnsupportedModelError: something else than a method of the module is its forward.
+    """
+    registry: Any = HookRegistry.check_if_exists_or_initialize(module)
+    references = registry._fn_refs
+    if not references:
+        unbound(module.forward, module)
+        registry.register_hook(hook, name)
+        return
+    inner = references[0]
+    place = "forward" if inner.original_forward is None else "original_forward"
+    innermost, outermost = getattr(inner, place), module.forward
+    unbound(innermost, module)
+    registry.register_hook(hook, name)
+    setattr(inner, place, module.forward)
+    module.forward = outermost
+    hook.fn_ref.original_forward = innermost
+    references.insert(0, references.pop())
+    registry._hook_order.insert(0, registry._hook_order.pop())
+
+
+def unregister(module: Any, name: str) -> None:
+    """Undo :func:`register`."""
+    registry = module._diffusers_hook
+    outer = registry._fn_refs[1:2] if registry._hook_order[0] == name else []
+    places = {place: getattr(reference, place) for reference in outer for place in ("forward", "original_forward")}
+    own = registry.hooks[name].fn_ref
+    registry.remove_hook(name, recurse=False)
+    for reference in outer:  # which diffusers gives another forward also where it keeps the original aside
+        place = "forward" if places["original_forward"] is None else "original_forward"
+        reference.forward = places["forward"]
+        setattr(reference, place, own.original_forward)
+
+
+def unbound(forward: Any, module: nn.Module) -> Callable[..., Any]:
+    """A module's own forward as a function of the module. Raises UnsupportedModelError where it can't be had."""
+    method = getattr(forward, "_torchdynamo_orig_callable", forward)  # module.forward = torch.compile(module.forward)
+    if ismethod(method) and method.__self__ is module:
+        return method.__func__
+    if isinstance(method, partial) and method.args[:1] == (module,):
+        return lambda model, *args, **kwargs: method.func(model, *method.args[1:], *args, **method.keywords | kwargs)
+    raise UnsupportedModelError(
+        f"the forward of this {type(module).__name__} has been replaced by {forward!r}, which is bound to it in a way"
+        " that TAP can't see through; call tap.enable(...) before that is done, or replace it by a method"
+    )
 
 
 @uncompiled
