@@ -481,16 +481,36 @@ def test_a_run_is_the_same_with_and_without_a_look_ahead() -> None:
     assert torch.equal(steps_on(plain, STEPS), steps_on(looked_at, STEPS))
 
 
-@pytest.mark.parametrize("wrap", [lambda f: lambda *args, **kwargs: f(*args, **kwargs), functools.partial])
-def test_a_step_replaced_by_a_function_is_not_tried(wrap: Callable[[Any], Any]) -> None:
-    """Its copy would step the scheduler in use."""
-    scheduler = made(Flow)
-    scheduler.step = wrap(scheduler.step)
-    before = scheduler.step_index
+def watch(step: Any, seen: list[Any]) -> Any:
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        seen.append(result[0])
+        return result
+
+    return watched
+
+
+@pytest.mark.parametrize("case", ["shifted", "dpm sde", "cogvideox 5b"])
+@pytest.mark.parametrize("wrap", [watch, lambda step, _: functools.partial(step)])
+def test_a_function_around_step_is_copied_with_what_it_steps(wrap: Callable[..., Any], case: str) -> None:
+    scheduler, seen = CLOSED[case][0](), list[Any]()
+    expected = read(scheduler, 0)
+    before = contents(scheduler)
+    scheduler.step = wrap(scheduler.step, seen)
+    assert same(read(scheduler, 0), expected)
+    del scheduler.step
+    assert contents(scheduler) == before
+    assert seen == []
+
+
+def test_a_function_that_holds_the_pipeline_is_not_tried(pipe: Any) -> None:
+    """A copy of it would hold a copy of all weights."""
+    scheduler = pipe.scheduler = made(Flow)
+    step = Flow.step
+    scheduler.step = lambda *args, **kwargs: step(pipe.scheduler, *args, **kwargs)
     reading = read(scheduler, 0)
-    assert scheduler.step_index is before is None
-    assert reading.timeline is None
-    assert "a function that would call the scheduler in use" in (reading.unread or "")
+    assert scheduler.step_index is None
+    assert reading.unread == "FlowMatchEulerDiscreteScheduler holds a pipeline, which is not copied"
 
 
 def test_a_wrapper_that_can_t_be_copied_is_not_tried() -> None:

@@ -21,6 +21,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
@@ -133,10 +134,12 @@ class _Trial:
             raise _UnreadError("can't be copied, and trying out the one in use would change it")
         self._first = first
         self._timesteps = self._unused.timesteps[first:]
-        taken = inspect.signature(scheduler.step).parameters
+        taken = dict(inspect.signature(scheduler.step).parameters)
+        free = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+        if free and hasattr(type(scheduler), "step"):  # a watch around it, which takes whatever it takes
+            taken |= inspect.signature(type(scheduler).step).parameters
         self._seeded = "generator" in taken
         self._looks_back = "old_pred_original_sample" in taken  # CogVideoX: its step has arguments of its own
-        free = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
         self._kwargs = {
             name: value
             for name, value in step_kwargs.items()
@@ -431,10 +434,17 @@ def _copy(value: Any, memo: dict[int, Any] | None = None, parts: list[Any] | Non
         made = {name: _copy(item, memo, parts) for name, item in value.items()}
     elif isinstance(value, types.MethodType):
         made = types.MethodType(value.__func__, _copy(value.__self__, memo, parts))
-    elif isinstance(value, types.FunctionType | functools.partial):
-        if _holds_a_scheduler(value):
-            raise _UnreadError("holds a function that would call the scheduler in use")
-        made = value
+    elif isinstance(value, types.FunctionType) and value.__closure__:
+        # One in place of a method, such as a watch around step: the copy is to step the copy.
+        cells = tuple(types.CellType(_copy(cell.cell_contents, memo, parts)) for cell in value.__closure__)
+        made = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
+        made.__kwdefaults__ = value.__kwdefaults__
+        vars(made).update(vars(value))
+    elif isinstance(value, functools.partial):
+        arguments = _copy(value.args, memo, parts), _copy(value.keywords, memo, parts)
+        made = functools.partial(_copy(value.func, memo, parts), *arguments[0], **arguments[1])
+    elif isinstance(value, DiffusionPipeline):
+        raise _UnreadError("holds a pipeline, which is not copied")
     elif callable(getattr(value, "step", None)) and hasattr(value, "__dict__"):
         made = memo[id(value)] = object.__new__(type(value))
         parts.append(made)
@@ -443,17 +453,6 @@ def _copy(value: Any, memo: dict[int, Any] | None = None, parts: list[Any] | Non
         made = copy.deepcopy(value, memo)
     memo[id(value)] = made
     return made
-
-
-def _holds_a_scheduler(value: Any) -> bool:
-    """Whether a function has a scheduler, or a method of one, among what it was made with."""
-    if isinstance(value, functools.partial):
-        held = [value.func, *value.args, *value.keywords.values()]
-    elif isinstance(value, types.FunctionType):
-        held = [cell.cell_contents for cell in value.__closure__ or ()]
-    else:
-        return isinstance(value, types.MethodType) or callable(getattr(value, "step", None))
-    return any(map(_holds_a_scheduler, held))
 
 
 # What a copy shares: numbers, names, and what nobody writes to while stepping.
@@ -478,6 +477,10 @@ def _facts(value: Any, seen: frozenset[int] = frozenset()) -> Any:
         return type(value), tuple((name, _facts(item, seen)) for name, item in value.items())
     if isinstance(value, types.MethodType):
         return value.__func__, _facts(value.__self__, seen)
+    if isinstance(value, types.FunctionType):
+        return value.__code__, tuple(_facts(cell.cell_contents, seen) for cell in value.__closure__ or ())
+    if isinstance(value, functools.partial):
+        return _facts(value.func, seen), _facts(value.args, seen), _facts(value.keywords, seen)
     if callable(getattr(value, "step", None)) and hasattr(value, "__dict__"):
         return type(value), tuple((name, _facts(item, seen | {id(value)})) for name, item in vars(value).items())
     return type(value), repr(value)
