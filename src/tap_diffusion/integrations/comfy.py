@@ -13,8 +13,10 @@ import logging
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -25,7 +27,7 @@ from tap_diffusion.config import TAPConfig
 from tap_diffusion.errors import TAPWarning, UnsupportedModelError
 from tap_diffusion.integrations.depth import Depth, unwrapped
 from tap_diffusion.integrations.models import Stream, TransformerSpec
-from tap_diffusion.integrations.passes import Forward, Passes
+from tap_diffusion.integrations.passes import Passes
 from tap_diffusion.reporting import Report
 from tap_diffusion.timeline import Timeline
 from tap_diffusion.tracking import Call
@@ -172,18 +174,7 @@ class _Accelerator:
         if run is None or not run.has_begun:  # not within a sampling run, or by a guider that tells no evaluations
             return executor(x, *args, **kwargs)
         module = unwrapped(executor.class_obj.diffusion_model)
-        holder = executor.class_obj
-
-        def forward(model: nn.Module, _: Any) -> Any:
-            if model is module:
-                return executor(x, *args, **kwargs)
-            held, holder.diffusion_model = holder.diffusion_model, model
-            try:
-                return executor(x, *args, **kwargs)
-            finally:
-                holder.diffusion_model = held
-
-        return run.call(module, options, forward, x)
+        return run.call(module, options, partial(executor, x, *args, **kwargs), x)
 
 
 class _Run:
@@ -217,7 +208,7 @@ class _Run:
             elif self._position.step > before:  # conditions come and go, and windows of frames may move at each step
                 lane.engine.forget(before)
 
-    def call(self, module: nn.Module, options: dict[str, Any], forward: Forward, x: Tensor) -> Any:
+    def call(self, module: nn.Module, options: dict[str, Any], forward: partial[Any], x: Tensor) -> Any:
         """One call of a diffusion model, for one condition or several."""
         lane = self._lanes.get(id(module))
         if lane is None:
@@ -290,14 +281,20 @@ class _Lane(Passes):
         """Leave the model as it was."""
         self._depth.detach()
 
-    def run_on(self, calls: list[Call], forward: Forward, device: torch.device) -> Any:
+    def run_on(self, calls: list[Call], forward: partial[Any], device: torch.device) -> Any:
         """One call of the diffusion model, whose blocks may have been replaced since the last one."""
         self.has_begun = True
         if not self._depth.is_current():
             self._depth.detach()
             self._depth = self._depth_of(self._module)
             self._depth.attach()
-        return self.run(self._depth, calls, forward, device)
+        depth = self._depth
+
+        def run(model: nn.Module, _: Sequence[str]) -> Any:
+            with nullcontext() if model is self._module else depth.lent(model):
+                return forward()
+
+        return self.run(depth, calls, run, device)
 
 
 class _Position:

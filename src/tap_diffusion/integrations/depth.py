@@ -238,6 +238,21 @@ class Depth:
         finally:
             self._views.append(view)
 
+    @contextmanager
+    def lent(self, view: nn.Module) -> Iterator[None]:
+        """The model itself with the guises of a view in their places, for hosts whose wrappers hold on to the model."""
+        originals = self._heads | self._unread | self._lists
+        try:
+            self._set({place: view.get_submodule(place) for place in originals})
+            yield
+        finally:
+            self._set(originals)
+
+    def _set(self, places: dict[str, nn.Module]) -> None:
+        for place, module in places.items():
+            parent, _, name = place.rpartition(".")
+            self.module.get_submodule(parent)._modules[name] = module
+
     # -------------------------------------------------------------------------------------------------- what is asked
 
     def streams_of(self, block_output: Any) -> Streams:
@@ -349,7 +364,17 @@ class Depth:
         return found
 
 
-class _Observer:
+class NotCopied:
+    """What is bound to one model, and would go on working for it from a copy of that model."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise RuntimeError("a model can't be copied while TAP is enabled on it; call tap.disable(...) first")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RuntimeError("a model can't be pickled while TAP is enabled on it; call tap.disable(...) first")
+
+
+class _Observer(NotCopied):
     """Sees what enters and what leaves a module, from outside of what is compiled.
 
     Args:
