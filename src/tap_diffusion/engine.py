@@ -51,6 +51,7 @@ class Engine:
         self._unread: dict[str, dict[Any, Any]] = {}
         self._doubts: dict[str, _LateFlag] = {}
         self._seen: dict[str, int] = {}  # last step of each branch
+        self._calls: dict[str, list[tuple[int, bool, Callable[[], float]]]] = {}  # of each branch
         self._pending: list[Choice] = []  # of the call that is running
         self._timeline: Timeline | None = None
         self._steps: int | None = None
@@ -65,10 +66,8 @@ class Engine:
 
     def reset(self) -> None:
         """Drop all that is remembered of the current trajectory, but not the report."""
-        self._histories.clear()
-        self._unread.clear()
-        self._doubts.clear()
-        self._seen.clear()
+        for memory in self._of_branches:
+            memory.clear()
         self._pending.clear()
         self._may_have_ended = False
 
@@ -100,7 +99,9 @@ class Engine:
     @uncompiled
     def end(self, call: Call, full: bool, milliseconds: Callable[[], float]) -> None:
         """Take note that a call has run; free its branch after the last step."""
-        self.report.calls.append((call.step, full, milliseconds))
+        taken = call.step, full, milliseconds
+        self.report.calls.append(taken)
+        self._calls.setdefault(call.branch, []).append(taken)
         if not full:
             self.report.choices += self._pending
             self._pending.clear()
@@ -118,8 +119,25 @@ class Engine:
     def forget(self, before: int) -> None:
         """Drop what is remembered of branches whose last call was before a step."""
         for branch in [branch for branch, step in self._seen.items() if step < before]:
-            for memory in (self._histories, self._unread, self._doubts, self._seen):
+            for memory in self._of_branches:
                 memory.pop(branch, None)
+
+    @property
+    def _of_branches(self) -> tuple[dict[str, Any], ...]:
+        """All that is remembered of each branch."""
+        return self._histories, self._unread, self._doubts, self._seen, self._calls
+
+    def take(self, other: Engine, branch: str, name: str) -> None:
+        """Go on with a branch of another engine's trajectory, as a trajectory of its own with a branch of this name."""
+        self.finish()
+        for mine, theirs in zip(self._of_branches, other._of_branches, strict=True):
+            if branch in theirs:
+                mine[name] = theirs.pop(branch)
+        calls = self._calls.get(name, [])
+        self.report = Report(trajectories=self.report.trajectories + 1, calls=list(calls))
+        moved = set(map(id, calls))
+        other.report.calls = [call for call in other.report.calls if id(call) not in moved]
+        self._timeline, self._steps, self._may_have_ended = other._timeline, other._steps, True
 
     def finish(self) -> None:
         """End the current trajectory, whether or not its last step was seen."""
