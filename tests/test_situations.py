@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tap_diffusion as tap
 from tap_diffusion import TAPConfig
-from tap_diffusion.generate import psnr
+from tap_diffusion.generate import Request, psnr, run
 from tap_diffusion.integrations.api import hooks
 from tiny import TOKENS, build_pipeline, build_transformer, engine_of, sample
 from zoo import CASES, Conditions, build, denoise, evaluate, start
@@ -45,11 +45,9 @@ class Wrapper:
 # ----------------------------------------------------------------------------------------------------- whose step it is
 
 
-def picture(pipe: Any, **more: Any) -> Tensor:
+def picture(pipe: Any) -> Tensor:
     """Red apple, (1, 3, H, W) in [-1, 1]."""
-    given = {"num_inference_steps": 50, "guidance_scale": 2.0, "max_sequence_length": TOKENS, "output_type": "pt"}
-    pixels: Tensor = pipe(prompt="red apple", generator=torch.Generator().manual_seed(0), **given | more).images
-    return 2 * pixels - 1
+    return run(pipe, Request(["red apple"], steps=50, seed=0, guidance=2.0), "red apple")[0]
 
 
 @pytest.fixture(scope="module")
