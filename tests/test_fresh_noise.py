@@ -39,8 +39,8 @@ def test_a_flow_with_fresh_noise_is_reused_and_says_so(pipe: Any) -> None:
     drawn, said = run(pipe, TAPConfig(full_steps=5))
     assert said == [
         "FlowMatchEulerDiscreteScheduler adds fresh noise at each step, so TAP reuses the residual of the last full"
-        " step instead of extrapolating it. A deterministic solver comes closer to what the plain model draws, in the same"
-        " time."
+        " step instead of extrapolating it. A deterministic solver comes closer to what the plain model draws, in the"
+        " same time."
     ]
     reused, said = run(pipe, TAPConfig(full_steps=5, orders=(0,), hindsight=0.0))
     assert said == []  # as asked for
