@@ -79,6 +79,7 @@ class Engine:
             self.report = Report(trajectories=self.report.trajectories + 1)
             self._timeline, self._steps = call.timeline, call.steps
             self._even_clock()
+            self._warn_of_fresh_noise()
         self._pending.clear()
         if call.branch in self._doubts and self._doubts[call.branch].is_raised():
             self.fall_back(call, "non-finite values in a step before")
@@ -171,6 +172,23 @@ class Engine:
                 f" {config.warmup + 1}. Use more steps or a smaller warmup"
             )
         warnings.warn(f"TAP predicted no step of this trajectory: {reason}.", TAPWarning, stacklevel=2)
+
+    def _warn_of_fresh_noise(self) -> None:
+        timeline, config = self._timeline, self.config
+        if timeline is None or timeline.fresh_noise is None or not config.predicts:
+            return
+        if timeline.reuses and config.slopes is None and config.orders != (0,):
+            effect = "TAP reuses the residual of the last full step instead of extrapolating it"
+        elif config.hindsight:
+            effect = "TAP's full steps do not correct the predictions before them"
+        else:
+            return
+        warnings.warn(
+            f"{timeline.fresh_noise} adds fresh noise at each step, so {effect}. A deterministic solver comes closer to"
+            " what the plain model draws, in the same time.",
+            TAPWarning,
+            stacklevel=2,
+        )
 
     @property
     def holds_anchors(self) -> bool:
@@ -335,7 +353,9 @@ def _coefficients(
         config.family, config.orders, config.horizon_span, config.horizon_step, at[:-1], at[-1]
     )
     slopes = config.slopes
-    if slopes is None:
+    if slopes is None and timeline is not None and timeline.reuses:
+        members, weights, slopes = members[:1], weights[:1], 0.0
+    elif slopes is None:
         slopes = timeline.slopes if timeline is not None and config.windows == "growing" else 1.0
     weights *= slopes
     weights[:, 0] += 1 - slopes
