@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import tap_diffusion as tap
-from tap_diffusion import TAPConfig
-from tap_diffusion.generate import Request, psnr, run
+from tap_diffusion import TAPConfig, generate
+from tap_diffusion.generate import Request, psnr
 from tap_diffusion.integrations.api import hooks
 from tiny import TOKENS, build_pipeline, build_transformer, engine_of, sample
 from zoo import CASES, Conditions, build, denoise, evaluate, start
@@ -47,7 +47,7 @@ class Wrapper:
 
 def picture(pipe: Any) -> Tensor:
     """Red apple, (1, 3, H, W) in [-1, 1]."""
-    return run(pipe, Request(["red apple"], steps=50, seed=0, guidance=2.0), "red apple")[0]
+    return generate.run(pipe, Request(["red apple"], steps=50, seed=0, guidance=2.0), "red apple")[0]
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,7 @@ class Engine:
         self._histories: dict[str, dict[str, History]] = {}  # of each branch, of each of its streams
         self._unread: dict[str, dict[Any, Any]] = {}
         self._doubts: dict[str, _LateFlag] = {}
+        self._lost: dict[str, str] = {}  # why a branch that has run in full has no anchor
         self._seen: dict[str, int] = {}  # last step of each branch
         self._calls: dict[str, list[tuple[int, bool, Callable[[], float]]]] = {}  # of each branch
         self._pending: list[Choice] = []  # of the call that is running
@@ -87,7 +88,7 @@ class Engine:
         if plan(self.config, self._steps, self._timeline)(call.step):
             return True
         if call.branch not in self._histories:
-            self.fall_back(call, "no finite anchor" if call.branch in self._seen else "the branch has only just begun")
+            self.fall_back(call, self._lost.get(call.branch, "the branch has only just begun"))
             return True
         return False
 
@@ -126,7 +127,7 @@ class Engine:
     @property
     def _of_branches(self) -> tuple[dict[str, Any], ...]:
         """All that is remembered of each branch."""
-        return self._histories, self._unread, self._doubts, self._seen, self._calls
+        return self._histories, self._unread, self._doubts, self._lost, self._seen, self._calls
 
     def take(self, other: Engine, branch: str, name: str) -> None:
         """Go on with a branch of another engine's trajectory, as a trajectory of its own with a branch of this name."""
@@ -150,8 +151,13 @@ class Engine:
     def fall_back(self, call: Call, reason: str) -> None:
         """Count a call that was to be predicted and has to be run in full; distrust the history that led to it."""
         self.report.fallbacks[reason] += 1
-        self._histories.pop(call.branch, None)
+        self.lose(call, reason)
         self._doubts.pop(call.branch, None)
+
+    def lose(self, call: Call, reason: str) -> None:
+        """Take note that a full call left no anchor, or not one for each stream, and why."""
+        self._histories.pop(call.branch, None)
+        self._lost[call.branch] = reason
 
     def _warn_if_without_effect(self) -> None:
         report, config = self.report, self.config
@@ -236,7 +242,7 @@ class Engine:
             residual, probe = _with_zeros(residual), None if probe is None else _with_zeros(probe)
         elif doubt:
             # No anchor rather than a bad one. The steps up to the next full one then have none and run in full.
-            self._histories.pop(call.branch, None)
+            self.lose(call, "non-finite values in the last full step")
             return
         history = streams.get(stream)
         if history is None or not history.fits(residual):
@@ -272,7 +278,7 @@ class Engine:
         """
         history = self._histories[call.branch].get(stream)
         if history is None:
-            raise Fallback("no finite anchor")
+            raise Fallback("the last full step had no such stream of tokens")
         if not history.fits(hidden_states):
             raise Fallback("the shape, dtype or device of the hidden states changed")
         members, coefficients = self._candidates(tuple(history.times), call.step)
