@@ -77,7 +77,14 @@ def inner_products(probe: Tensor, differences: Sequence[Tensor]) -> tuple[Tensor
 
 
 def losses_of_products(d_squared: Tensor, g: Tensor, gram: Tensor, coefficients: Tensor, loss: Loss) -> Tensor:
-    """Proxy losses (K, B, N) from :func:`inner_products` and :func:`gram_matrix`.
+    """Proxy losses (K, B, N) from :func:`inner_products` and :func:`gram_matrix`."""
+    return losses_and_errors(d_squared, g, gram, coefficients, loss)[0]
+
+
+def losses_and_errors(
+    d_squared: Tensor, g: Tensor, gram: Tensor, coefficients: Tensor, loss: Loss
+) -> tuple[Tensor, Tensor]:
+    """Proxy losses (K, B, N), and ‖e‖², the squared errors that they are made of.
 
     With c' = c - (1, 0, …), the error is e = Σ c'_i D_i - d, hence ‖e‖² = ‖d‖² - 2 c'·g + c'ᵀGc'. Cosine distance
     follows without cancellation from 1 - cos = (‖e‖² - (‖ĥ‖ - ‖h‖)²) / (2 ‖ĥ‖ ‖h‖), where
@@ -90,10 +97,10 @@ def losses_of_products(d_squared: Tensor, g: Tensor, gram: Tensor, coefficients:
     quadratic = torch.einsum("kp,bnp->kbn", pairs, gram.flatten(2))
     error = (d_squared - 2 * torch.einsum("kh,bnh->kbn", c, g) + quadratic).clamp_min(0)
     if loss == "l2":
-        return error
+        return error, error
     h_squared = (d_squared + 2 * g[..., 0] + gram[..., 0, 0]).clamp_min(0)
     if loss == "relative_l2":
-        return error / _positive(h_squared)
+        return error / _positive(h_squared), error
     h_dot_e = torch.einsum("kh,bnh->kbn", c, g + gram[..., 0, :]) - (d_squared + g[..., 0])
     gain = error + 2 * h_dot_e  # ‖ĥ‖² - ‖h‖²
     h_norm = h_squared.sqrt()
@@ -101,7 +108,44 @@ def losses_of_products(d_squared: Tensor, g: Tensor, gram: Tensor, coefficients:
     shortfall = gain / _positive(predicted_norm + h_norm)
     product = predicted_norm * h_norm
     distance = (error - shortfall.square()) / _positive(2 * product)
-    return torch.where(product > 0, distance, 1.0)
+    return torch.where(product > 0, distance, 1.0), error
+
+
+def mean_and_spread(anchor: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean token h̄_a of an anchor's probe, (B, D), and Σ_n ‖h_a[n] - h̄_a‖², (B,); see :func:`unexplained`.
+
+    Args:
+        anchor: probe features at the anchor, (B, N, D).
+    """
+    wide = _wide(anchor)
+    mean = wide.mean(1)
+    return mean, (wide - mean.unsqueeze(1)).square().sum((1, 2))
+
+
+def squared_distance(probe: Tensor, mean: Tensor) -> Tensor:
+    """‖h[n] - h̄_a‖², (B, N), of a probe (B, N, D) from a mean token (B, D)."""
+    return (_wide(probe) - mean.unsqueeze(1)).square().sum(-1)
+
+
+def unexplained(error: Tensor, by_mean: Tensor, spread: Tensor) -> Tensor:
+    """Whether the past explains nothing of the probe now.
+
+    Whoever takes the mean token of the newest anchor for every token knows no token from another. That errs by the
+    ``spread`` at the anchor, and by ``by_mean`` now. Where even the best candidates err by as much as both, they say
+    nothing of any token either: tokens moved, or others are in their places (tokens unrelated to their predictions err
+    by about the spread of the two together). One of the two is not enough. When noise goes, tokens become alike, and a
+    prediction of their past is worse than the mean and yet good for something (``sprites`` with 6 full steps); when the
+    model scales all features up, reuse errs by more than the spread. Features that are only scaled pass both ways.
+
+    Args:
+        error: squared error of each sample's tokens together, each by its best candidate: (B,).
+        by_mean: squared distance of the same from the mean token, :func:`squared_distance`.
+        spread: of the anchor, from :func:`mean_and_spread`.
+
+    Returns:
+        (B,) bool; false where something is not finite.
+    """
+    return error > torch.maximum(by_mean, spread)
 
 
 def choose(losses: Tensor, granularity: Granularity, total: Callable[[Tensor], Tensor] = lambda part: part) -> Tensor:
