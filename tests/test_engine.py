@@ -31,6 +31,12 @@ def features(step: int) -> Tensor:
     return base + 0.1 * step * base.flip(2) + 0.01 * step * step
 
 
+def drifting_noise(shape: tuple[int, ...]) -> dict[int, Tensor]:
+    """A probe of which each token has its own way, and nothing says what is best."""
+    base = torch.randn(shape)
+    return {step: base + 0.2 * torch.randn(shape) for step in range(12)}
+
+
 class Driver:
     """Runs an engine over a trajectory, with faults where they are wanted."""
 
@@ -227,26 +233,27 @@ def test_memory_is_freed_at_the_last_step() -> None:
     driver = Driver().run(11)
     assert driver.engine.cache_bytes == 0
     feature = features(0).nbytes
-    gram = 2 * 4 * 3 * 3 * 4
-    assert driver.engine.report.cache_bytes == 2 * 3 * feature + gram
+    gram, mean, spread = 2 * 4 * 3 * 3 * 4, 2 * 3 * 4, 2 * 4
+    assert driver.engine.report.cache_bytes == 2 * 3 * feature + gram + mean + spread
 
 
 def test_a_sketch_looks_at_some_channels_and_keeps_no_others() -> None:
     torch.manual_seed(0)
-    noise = {step: torch.randn(SHAPE) for step in range(12)}
+    noise = drifting_noise(SHAPE)
     whole, sketched = (Driver(dataclasses.replace(CONFIG, sketch=s)).run(11, probe=noise) for s in (1, 2))
     some = Driver().run(11, probe={step: h[..., ::2] for step, h in noise.items()})
     for step, output in some.outputs.items():
         assert torch.equal(sketched.outputs[step], output)
     assert any(not torch.equal(whole.outputs[step], output) for step, output in some.outputs.items())
     feature, kept, gram = features(0).nbytes, noise[0][..., ::2].numel() * 4, 2 * 4 * 3 * 3 * 4
-    assert sketched.engine.report.cache_bytes == 3 * (feature + kept) + gram
+    mean, spread = kept // 4, 2 * 4
+    assert sketched.engine.report.cache_bytes == 3 * (feature + kept) + gram + mean + spread
 
 
 @pytest.mark.parametrize(("channels", "stride"), [(8, 1), (767, 1), (768, 2), (3072, 8), (5120, 13)])
 def test_by_default_enough_channels_are_looked_at(channels: int, stride: int) -> None:
     torch.manual_seed(0)
-    noise = {step: torch.randn(*SHAPE[:-1], channels) for step in range(12)}
+    noise = drifting_noise((*SHAPE[:-1], channels))
     default = dataclasses.replace(CONFIG, sketch=None)
     itself, named, all_of_them = (
         Driver(config).run(11, probe=noise) for config in (default, dataclasses.replace(CONFIG, sketch=stride), CONFIG)

@@ -30,6 +30,7 @@ from tap_diffusion import TAPConfig, TAPWarning, kernels
 from tap_diffusion.config import Granularity, Loss
 from tap_diffusion.engine import Engine
 from tap_diffusion.kernels import Prediction, benchmark, eager
+from tap_diffusion.selection import mean_and_spread
 from test_engine import Driver, call, features
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # the interpreter's, of NumPy
@@ -67,8 +68,8 @@ class Scene:
         of = self if form == TORCH else self.with_views(lambda t: t.to(DEVICE))
         x, h, past, residuals = of.x, of.h, of.differences, of.residuals
         with using(form):
-            gram = None if loss == "l1" else kernels.gram_matrix(past)
-            found = kernels.predict(x, h, past, gram, residuals, self.coefficients, loss, choose, mend)
+            gram, mean = None if loss == "l1" else kernels.gram_matrix(past), mean_and_spread(past[0])[0]
+            found = kernels.predict(x, h, past, gram, mean, residuals, self.coefficients, loss, choose, mend)
         return Prediction(*(tensor.cpu() for tensor in found))
 
     def with_views(self, view: Callable[[Tensor], Tensor]) -> Scene:
@@ -146,6 +147,9 @@ def check(of: Scene, found: Prediction, loss: Loss, granularity: Granularity = "
     torch.testing.assert_close(
         found.hidden_states.double(), exact_prediction(of, found.choice), rtol=precision, atol=precision
     )
+    by_mean = (of.h.double() - of.differences[0].double().mean(1, keepdim=True)).square().sum(-1)
+    expected = torch.stack([exact_losses(of, "l2").amin(0), by_mean])
+    torch.testing.assert_close(found.errors.double(), expected, rtol=1e-4, atol=1e-4)
     assert found.doubt.dtype == torch.bool
     assert not found.doubt
 
@@ -231,6 +235,18 @@ def test_gram_matrix(form: str, dtype: torch.dtype) -> None:
         gram = kernels.gram_matrix([d if form == TORCH else d.to(DEVICE) for d in differences])
     exact = torch.einsum("ibnd,jbnd->bnij", *2 * [torch.stack(differences).double()])
     torch.testing.assert_close(gram.cpu().double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, "l1"])
+@pytest.mark.parametrize("form", FORMS)
+def test_errors_alone(form: str, loss: Loss) -> None:
+    of = scene(width=33, candidates=4)
+    there = of if form == TORCH else of.with_views(lambda t: t.to(DEVICE))
+    with using(form):
+        gram = None if loss == "l1" else kernels.gram_matrix(there.differences)
+        mean, _ = mean_and_spread(there.differences[0])
+        errors = kernels.errors(there.h, there.differences, gram, mean, of.coefficients, loss)
+    torch.testing.assert_close(errors.cpu(), of.predict(form, loss).errors, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -533,8 +549,9 @@ for name in ("_predict_kernel", "_losses_kernel", "_combine_kernel", "_gram_kern
 for dtype, H, K, loss in ((torch.bfloat16, 3, 3, "cosine"), (torch.float32, 8, 255, "relative_l2")):
     x = torch.zeros(2, 16, 1152, dtype=dtype)
     gram, coefficients = torch.zeros(2, 16, H, H), torch.zeros(K, H, dtype=torch.float64)
-    fused.predict_by_token(x, x, [x] * H, gram, [x] * H, coefficients, loss, True)
-    fused.proxy_losses(x, [x] * H, gram, coefficients, loss)
+    mean = torch.zeros(2, 1152)
+    fused.predict_by_token(x, x, [x] * H, gram, mean, [x] * H, coefficients, loss, True)
+    fused.proxy_losses(x, [x] * H, gram, mean, coefficients, loss)
     fused.combine(x, [x] * H, coefficients, torch.zeros(2, 1, dtype=torch.int64).expand(2, 16), False)
     fused.combine(x.transpose(1, 2), [x.transpose(1, 2)] * H, coefficients, None, True)
     fused.gram_matrix([x] * H)
@@ -570,8 +587,8 @@ def test_nothing_waits_for_a_gpu(form: str, choose: Granularity) -> None:
         for mode in ("default", "error"):  # the first time kernels are compiled
             torch.cuda.set_sync_debug_mode(mode)
             try:
-                gram = kernels.gram_matrix(past)
-                kernels.predict(x, h, past, gram, residuals, of.coefficients, "cosine", choose, mend=True)
+                gram, (mean, _) = kernels.gram_matrix(past), mean_and_spread(past[0])
+                kernels.predict(x, h, past, gram, mean, residuals, of.coefficients, "cosine", choose, mend=True)
                 kernels.combine(x, residuals, of.coefficients, mend=True)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
@@ -581,9 +598,8 @@ def test_nothing_waits_for_a_gpu(form: str, choose: Granularity) -> None:
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_true_sizes_on_a_gpu(dtype: torch.dtype) -> None:
-    x, h, past, gram, residuals, coefficients = benchmark.arguments(benchmark.SIZES["flux"], 11, dtype, DEVICE)
-    found = kernels.predict(x, h, past, gram, residuals, coefficients, "cosine")
-    expected = benchmark.reference(x, h, past, gram, residuals, coefficients)
+    inputs = benchmark.arguments(benchmark.SIZES["flux"], 11, dtype, DEVICE)
+    found, expected = kernels.predict(*inputs, "cosine"), benchmark.reference(*inputs)
     same = found.choice == expected[1]
     assert same.float().mean() > 0.999
     torch.testing.assert_close(
@@ -604,8 +620,9 @@ def test_benchmark(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     rows = {row["form"]: row for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
     assert set(rows) == {"copy", "reference", "torch"}
-    # x, h, three of each history, the result: 9 tensors in bfloat16; a float32 gram matrix and a byte for each token.
-    assert rows["torch"]["bytes"] == 2 * 5 * (9 * 16 * 2 + 3 * 3 * 4 + 1)
+    # x, h, three of each history, the result: 9 tensors in bfloat16; a float32 gram matrix, a byte and two float32
+    # errors for each token; two mean tokens.
+    assert rows["torch"]["bytes"] == 2 * 5 * (9 * 16 * 2 + 3 * 3 * 4 + 1 + 2 * 4) + 2 * 16 * 4
     assert rows["copy"]["of_copy"] == 1
     wrong = CliRunner().invoke(app, ["--size", "huge"])
     assert wrong.exit_code == 2
