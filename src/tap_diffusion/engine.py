@@ -254,7 +254,7 @@ class Engine:
             raise Fallback("the shape, dtype or device of the hidden states changed")
         members, coefficients = self._candidates(tuple(history.times), call.step)
         late = self._is_late(call, hidden_states)
-        if not history.probe:
+        if not self.needs_probe:
             result, doubt = kernels.combine(hidden_states, history.residual, coefficients, mend=late)
             self._trust(call, doubt, late)
             return result
@@ -283,7 +283,7 @@ class Engine:
 
     def _is_unexplained_anchor(self, call: Call, probe: Tensor | None, history: History | None) -> Tensor:
         """The same of the probe of a full step, before it becomes an anchor."""
-        if probe is None or history is None or not history.probe:
+        if probe is None or history is None or not self.needs_probe:
             return torch.tensor(False)
         _, coefficients = self._candidates(tuple(history.times), call.step)
         loss = self.config.loss

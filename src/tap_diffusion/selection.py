@@ -130,12 +130,15 @@ def squared_distance(probe: Tensor, mean: Tensor) -> Tensor:
 def unexplained(error: Tensor, by_mean: Tensor, spread: Tensor) -> Tensor:
     """Whether the past explains nothing of the probe now.
 
-    Whoever takes the mean token of the newest anchor for every token knows no token from another. That errs by the
-    ``spread`` at the anchor, and by ``by_mean`` now. Where even the best candidates err by as much as both, they say
-    nothing of any token either: tokens moved, or others are in their places (tokens unrelated to their predictions err
-    by about the spread of the two together). One of the two is not enough. When noise goes, tokens become alike, and a
-    prediction of their past is worse than the mean and yet good for something (``sprites`` with 6 full steps); when the
-    model scales all features up, reuse errs by more than the spread. Features that are only scaled pass both ways.
+    To take the mean token of the newest anchor for every token is to know no token from another. It errs by ``by_mean``
+    now, and erred by ``spread`` at the anchor. A prediction whose tokens have nothing to do with those that are there
+    errs by the spreads of both together, which is more than either; so where even the best candidates err by more than
+    the mean token did at either time, they tell no token from another: tokens have moved, or others are in their places.
+
+    One of the two is not enough. As noise goes tokens become alike, and a prediction of what they were is worse than
+    the mean and yet good for something (``sprites`` with 6 full steps). Where the model scales features up with time,
+    reuse errs by more than the spread. Features that are only shifted, scaled up, or down to no less than a half, all
+    alike, are explained by reuse.
 
     Args:
         error: squared error of each sample's tokens together, each by its best candidate: (B,).
