@@ -158,10 +158,11 @@ def test_an_image_that_is_exchanged_is_noticed() -> None:
     generator = torch.Generator().manual_seed(0)
     x, images = torch.randn(1, 64, 16, generator=generator), torch.randn(2, 1, 64, 48, generator=generator)
     ids = torch.stack(torch.meshgrid(torch.zeros(1), torch.arange(8.0), torch.arange(8.0), indexing="ij"), -1)
+    text, pooled = torch.zeros(1, 6, 16), torch.zeros(1, 16)
     for step in range(12):
         with torch.no_grad():
             transformer(
-                torch.cat([x + 0.01 * step, images[int(step >= 4)]], -1), torch.zeros(1, 6, 16), torch.zeros(1, 16),
+                torch.cat([x + 0.01 * step, images[int(step >= 4)]], -1), text, pooled,
                 torch.tensor([1 - step / 12]), ids.view(-1, 3), torch.zeros(6, 3),
             )  # fmt: skip
     found = tap.report(transformer)

@@ -29,7 +29,6 @@ from tap_diffusion.selection import all_finite, choose, unexplained
 from tap_diffusion.timeline import Timeline
 from tap_diffusion.tracking import Call
 
-
 NOT_FINITE = "non-finite values"
 UNEXPLAINED = "the features match nothing seen before"
 DOUBTS = NOT_FINITE, UNEXPLAINED  # reasons, in the order in which flags are kept

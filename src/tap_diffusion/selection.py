@@ -132,8 +132,8 @@ def unexplained(error: Tensor, by_mean: Tensor, spread: Tensor) -> Tensor:
 
     To take the mean token of the newest anchor for every token is to know no token from another. It errs by ``by_mean``
     now, and erred by ``spread`` at the anchor. A prediction whose tokens have nothing to do with those that are there
-    errs by the spreads of both together, which is more than either; so where even the best candidates err by more than
-    the mean token did at either time, they tell no token from another: tokens have moved, or others are in their places.
+    errs by the spreads of both together, which is more than either. So where even the best candidates err by more than
+    the mean token did at either time, they tell no token from another: tokens moved, or others are in their places.
 
     One of the two is not enough. As noise goes tokens become alike, and a prediction of what they were is worse than
     the mean and yet good for something (``sprites`` with 6 full steps). Where the model scales features up with time,

@@ -198,8 +198,8 @@ def predict_by_token(
         _predict_kernel[(batch * tokens,)](
             result, choice, errors, doubt, hidden_states, hidden_states.stride(), probe, probe.stride(),
             *_apart(differences), gram.contiguous(), mean.contiguous(), *_apart(residuals),
-            _changes(coefficients, result), batch * tokens, tokens, len(coefficients), H=len(differences), D=features, WIDTH=width, LOSS=loss, MEND=mend,
-            KS=_candidates(coefficients), BLOCK=triton.next_power_of_2(features),
+            _changes(coefficients, result), batch * tokens, tokens, len(coefficients), H=len(differences), D=features,
+            WIDTH=width, LOSS=loss, MEND=mend, KS=_candidates(coefficients), BLOCK=triton.next_power_of_2(features),
             BLOCK_PROBE=triton.next_power_of_2(width), num_warps=_warps(max(features, width)),
         )  # fmt: skip
     return result, choice, errors, doubt
