@@ -30,7 +30,6 @@ from tap_diffusion import TAPConfig, TAPWarning, kernels
 from tap_diffusion.config import Granularity, Loss
 from tap_diffusion.engine import Engine
 from tap_diffusion.kernels import Prediction, benchmark, eager
-from tap_diffusion.selection import mean_and_spread
 from test_engine import Driver, call, features
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # the interpreter's, of NumPy
@@ -68,8 +67,8 @@ class Scene:
         of = self if form == TORCH else self.with_views(lambda t: t.to(DEVICE))
         x, h, past, residuals = of.x, of.h, of.differences, of.residuals
         with using(form):
-            gram, mean = None if loss == "l1" else kernels.gram_matrix(past), mean_and_spread(past[0])[0]
-            found = kernels.predict(x, h, past, gram, mean, residuals, self.coefficients, loss, choose, mend)
+            gram = None if loss == "l1" else kernels.gram_matrix(past)
+            found = kernels.predict(x, h, past, gram, residuals, self.coefficients, loss, choose, mend)
         return Prediction(*(tensor.cpu() for tensor in found))
 
     def with_views(self, view: Callable[[Tensor], Tensor]) -> Scene:
@@ -147,9 +146,7 @@ def check(of: Scene, found: Prediction, loss: Loss, granularity: Granularity = "
     torch.testing.assert_close(
         found.hidden_states.double(), exact_prediction(of, found.choice), rtol=precision, atol=precision
     )
-    by_mean = (of.h.double() - of.differences[0].double().mean(1, keepdim=True)).square().sum(-1)
-    expected = torch.stack([exact_losses(of, "l2").amin(0), by_mean])
-    torch.testing.assert_close(found.errors.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.errors.double(), exact_losses(of, "l2").amin(0), rtol=1e-4, atol=1e-4)
     assert found.doubt.dtype == torch.bool
     assert not found.doubt
 
@@ -244,8 +241,7 @@ def test_errors_alone(form: str, loss: Loss) -> None:
     there = of if form == TORCH else of.with_views(lambda t: t.to(DEVICE))
     with using(form):
         gram = None if loss == "l1" else kernels.gram_matrix(there.differences)
-        mean, _ = mean_and_spread(there.differences[0])
-        errors = kernels.errors(there.h, there.differences, gram, mean, of.coefficients, loss)
+        errors = kernels.errors(there.h, there.differences, gram, of.coefficients, loss)
     torch.testing.assert_close(errors.cpu(), of.predict(form, loss).errors, rtol=1e-6, atol=1e-6)
 
 
@@ -549,9 +545,8 @@ for name in ("_predict_kernel", "_losses_kernel", "_combine_kernel", "_gram_kern
 for dtype, H, K, loss in ((torch.bfloat16, 3, 3, "cosine"), (torch.float32, 8, 255, "relative_l2")):
     x = torch.zeros(2, 16, 1152, dtype=dtype)
     gram, coefficients = torch.zeros(2, 16, H, H), torch.zeros(K, H, dtype=torch.float64)
-    mean = torch.zeros(2, 1152)
-    fused.predict_by_token(x, x, [x] * H, gram, mean, [x] * H, coefficients, loss, True)
-    fused.proxy_losses(x, [x] * H, gram, mean, coefficients, loss)
+    fused.predict_by_token(x, x, [x] * H, gram, [x] * H, coefficients, loss, True)
+    fused.proxy_losses(x, [x] * H, gram, coefficients, loss)
     fused.combine(x, [x] * H, coefficients, torch.zeros(2, 1, dtype=torch.int64).expand(2, 16), False)
     fused.combine(x.transpose(1, 2), [x.transpose(1, 2)] * H, coefficients, None, True)
     fused.gram_matrix([x] * H)
@@ -587,8 +582,8 @@ def test_nothing_waits_for_a_gpu(form: str, choose: Granularity) -> None:
         for mode in ("default", "error"):  # the first time kernels are compiled
             torch.cuda.set_sync_debug_mode(mode)
             try:
-                gram, (mean, _) = kernels.gram_matrix(past), mean_and_spread(past[0])
-                kernels.predict(x, h, past, gram, mean, residuals, of.coefficients, "cosine", choose, mend=True)
+                gram = kernels.gram_matrix(past)
+                kernels.predict(x, h, past, gram, residuals, of.coefficients, "cosine", choose, mend=True)
                 kernels.combine(x, residuals, of.coefficients, mend=True)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
@@ -599,8 +594,8 @@ def test_nothing_waits_for_a_gpu(form: str, choose: Granularity) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_true_sizes_on_a_gpu(dtype: torch.dtype) -> None:
     inputs = benchmark.arguments(benchmark.SIZES["flux"], 11, dtype, DEVICE)
-    x, h, past, gram, mean, residuals, coefficients = inputs
-    found = kernels.predict(x, h, past, gram, mean, residuals, coefficients, "cosine")
+    x, h, past, gram, residuals, coefficients = inputs
+    found = kernels.predict(x, h, past, gram, residuals, coefficients, "cosine")
     expected = benchmark.reference(*inputs)
     same = found.choice == expected[1]
     assert same.float().mean() > 0.999
@@ -622,9 +617,9 @@ def test_benchmark(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     rows = {row["form"]: row for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
     assert set(rows) == {"copy", "reference", "torch"}
-    # x, h, three of each history, the result: 9 tensors in bfloat16; a float32 gram matrix, a byte and two float32
-    # errors for each token; two mean tokens.
-    assert rows["torch"]["bytes"] == 2 * 5 * (9 * 16 * 2 + 3 * 3 * 4 + 1 + 2 * 4) + 2 * 16 * 4
+    # x, h, three of each history, the result: 9 tensors in bfloat16; a float32 gram matrix, a byte and a float32
+    # error for each token.
+    assert rows["torch"]["bytes"] == 2 * 5 * (9 * 16 * 2 + 3 * 3 * 4 + 1 + 4)
     assert rows["copy"]["of_copy"] == 1
     wrong = CliRunner().invoke(app, ["--size", "huge"])
     assert wrong.exit_code == 2

@@ -36,6 +36,7 @@ class History:
         self._gram: Tensor | None = None
         self._mean_and_spread: tuple[Tensor, Tensor] | None = None
         self._kind: tuple[object, ...] = ()
+        self.judged: tuple[float, Tensor] | None = None  # whether the probe at a time after the anchors is unexplained
 
     def add(self, time: float, residual: Tensor, probe: Tensor | None) -> None:
         """Make the features at ``time`` the newest anchor.
@@ -52,7 +53,7 @@ class History:
             self._probe = self._advance(self.probe, probe, span)
         self._residual, self._parked = advanced, None
         self.times = [time, *self.times][: self.capacity]
-        self._gram = self._mean_and_spread = None
+        self._gram = self._mean_and_spread = self.judged = None
 
     @property
     def probe(self) -> list[Tensor]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tap_diffusion import kernels
+from tap_diffusion import kernels, selection
 from tap_diffusion.cache import History
 from tap_diffusion.compiling import uncompiled
 from tap_diffusion.config import TAPConfig
@@ -25,7 +25,7 @@ from tap_diffusion.predictors import Candidate, candidates, difference_matrix
 from tap_diffusion.ranks import Ranks
 from tap_diffusion.reporting import Choice, Report
 from tap_diffusion.schedule import FEWEST, plan
-from tap_diffusion.selection import all_finite, choose, unexplained
+from tap_diffusion.selection import all_finite, choose, squared_distance, unexplained
 from tap_diffusion.timeline import Timeline
 from tap_diffusion.tracking import Call
 
@@ -205,7 +205,7 @@ class Engine:
         history = streams.get(stream)
         if history is not None and not history.fits(residual):
             history = None
-        lost = self._is_unexplained_anchor(call, probe, history)
+        lost = self._is_unexplained_anchor(call, probe, history, late)
         if late:
             self._flag(call, doubt, lost)
             residual, probe = _with_zeros(residual), None if probe is None else _with_zeros(probe)
@@ -213,7 +213,7 @@ class Engine:
             # No anchor rather than a bad one. The steps up to the next full one then have none and run in full.
             self._histories.pop(call.branch, None)
             return
-        if history is None or (not late and lost):
+        if history is None or (lost is not None and not late and lost):
             # Differences to anchors of something else would spoil the next predictions.
             history = streams[stream] = History(self.config.anchors, _dtype(self.config.cache_dtype))
         history.add(call.step, residual, probe)
@@ -258,37 +258,50 @@ class Engine:
             self._trust(call, doubt, late)
             return result
         loss, h = self.config.loss, self._sketched(probe())
+        if len(members) == 1:  # only so far: nothing to choose, but to check
+            result, doubt = kernels.combine(hidden_states, history.residual, coefficients, mend=late)
+            errors = selection.proxy_losses(h, history.probe, coefficients, "l2")[0]
+            self._trust(call, doubt | ~_finite(h), late, self._is_unexplained(call, h, errors, history, late))
+            return result
         gram = None if loss == "l1" else history.gram
         # What a subclass makes of the losses, or what other ranks have to hear of, can't be fused with them.
         alone = self.config.granularity == "token" or not self._ranks.several
         fused = alone and type(self)._choose is Engine._choose
         result, choice, errors, doubt = kernels.predict(
-            hidden_states, h, history.probe, gram, history.mean, history.residual, coefficients, loss,
+            hidden_states, h, history.probe, gram, history.residual, coefficients, loss,
             self.config.granularity if fused else self._choose, mend=late,
         )  # fmt: skip
-        self._trust(call, doubt, late, self._is_unexplained(errors, history))
-        if len(members) > 1:
-            self._pending.append(Choice(call.step, call.branch, members, choice))
+        self._trust(call, doubt, late, self._is_unexplained(call, h, errors, history, late))
+        self._pending.append(Choice(call.step, call.branch, members, choice))
         return result
 
-    def _is_unexplained(self, errors: Tensor, history: History) -> Tensor:
+    def _is_unexplained(self, call: Call, h: Tensor, errors: Tensor, history: History, late: bool) -> Tensor:
         """Whether the past explains nothing of a sample; one of them makes the step full for the whole batch.
 
         Args:
-            errors: as :func:`kernels.predict` returns them.
+            h: probe features now, (B, N, D').
+            errors: of their best candidates, (B, N).
         """
-        error, by_mean, spread = self._ranks.total(torch.cat([errors.sum(-1), history.spread[None]]))
-        return unexplained(error, by_mean, spread).any()
+        error, spread = self._ranks.total(torch.stack([errors.sum(-1), history.spread]))
+        lost = (error > spread).any()
+        if late or lost:  # else nobody has to know the other distance
+            lost = unexplained(error, self._ranks.total(squared_distance(h, history.mean)), spread).any()
+        history.judged = call.step, lost
+        return lost
 
-    def _is_unexplained_anchor(self, call: Call, probe: Tensor | None, history: History | None) -> Tensor:
-        """The same of the probe of a full step, before it becomes an anchor."""
+    def _is_unexplained_anchor(
+        self, call: Call, probe: Tensor | None, history: History | None, late: bool
+    ) -> Tensor | None:
+        """The same of the probe of a full step, before it becomes an anchor; None where nobody can tell."""
         if probe is None or history is None or not self.needs_probe:
-            return torch.tensor(False)
+            return None
+        if history.judged is not None and history.judged[0] == call.step:  # hindsight has asked
+            return history.judged[1]
         _, coefficients = self._candidates(tuple(history.times), call.step)
         loss = self.config.loss
         gram = None if loss == "l1" else history.gram
-        errors = kernels.errors(probe, history.probe, gram, history.mean, coefficients, loss)
-        return self._is_unexplained(errors, history)
+        errors = kernels.errors(probe, history.probe, gram, coefficients, loss)
+        return self._is_unexplained(call, probe, errors, history, late)
 
     def _sketched(self, probe: Tensor) -> Tensor:
         """The channels of probe features (B, N, D') that are looked at; a copy, so that the others are not kept."""

@@ -119,12 +119,12 @@ def mean_and_spread(anchor: Tensor) -> tuple[Tensor, Tensor]:
     """
     wide = _wide(anchor)
     mean = wide.mean(1)
-    return mean, (wide - mean.unsqueeze(1)).square().sum((1, 2))
+    return mean, squared_distance(anchor, mean)
 
 
 def squared_distance(probe: Tensor, mean: Tensor) -> Tensor:
-    """‖h[n] - h̄_a‖², (B, N), of a probe (B, N, D) from a mean token (B, D)."""
-    return (_wide(probe) - mean.unsqueeze(1)).square().sum(-1)
+    """Σ_n ‖h[n] - h̄_a‖², (B,), of a probe (B, N, D) from a mean token (B, D)."""
+    return (_wide(probe) - mean.unsqueeze(1)).square().sum((1, 2))
 
 
 def unexplained(error: Tensor, by_mean: Tensor, spread: Tensor) -> Tensor:

@@ -30,8 +30,7 @@ class Prediction(NamedTuple):
     Attributes:
         hidden_states: x + r̂, (B, N, D) in the dtype of x.
         choice: each token's candidate, (B, N) uint8.
-        errors: squared errors in each token's probe, (2, B, N) in float32 or better: the least of any candidate, and
-            that of the newest anchor's mean token. What :func:`unexplained` is told of.
+        errors: least squared error of any candidate in each token's probe, (B, N) in float32 or better.
         doubt: whether a value of the prediction, or the squared distance of a token's probe from its anchor, is not
             finite; a bool tensor without dimensions.
     """
@@ -47,7 +46,6 @@ def predict(
     probe: Tensor,
     differences: Sequence[Tensor],
     gram: Tensor | None,
-    mean: Tensor,
     residuals: Sequence[Tensor],
     coefficients: Tensor,
     loss: Loss,
@@ -61,7 +59,6 @@ def predict(
         probe: h, the probe features now, (B, N, D').
         differences: H tensors (B, N, D') of the probe's history.
         gram: of ``differences``, from :func:`gram_matrix`; None with the loss ``l1``, which does without.
-        mean: token of the newest anchor's probe, (B, D'), from :func:`tap_diffusion.selection.mean_and_spread`.
         residuals: H tensors (B, N, D) of the residuals' history.
         coefficients: (K, H) float64 on the CPU, K at most 255.
         loss: as for :func:`tap_diffusion.selection.proxy_losses`.
@@ -71,20 +68,20 @@ def predict(
     form = _form(differences, probe) if gram is not None else eager
     if choose == "token" and form is _form(residuals, hidden_states) is not eager:
         return Prediction(
-            *form.predict_by_token(hidden_states, probe, differences, gram, mean, residuals, coefficients, loss, mend)
+            *form.predict_by_token(hidden_states, probe, differences, gram, residuals, coefficients, loss, mend)
         )
-    losses, errors, doubt = form.proxy_losses(probe, differences, gram, mean, coefficients, loss)
+    losses, errors, doubt = form.proxy_losses(probe, differences, gram, coefficients, loss)
     choice = choose(losses) if callable(choose) else selection.choose(losses, choose)
     result, more = combine(hidden_states, residuals, coefficients, choice, mend)
     return Prediction(result, choice.to(torch.uint8), errors, doubt | more)
 
 
 def errors(
-    probe: Tensor, differences: Sequence[Tensor], gram: Tensor | None, mean: Tensor, coefficients: Tensor, loss: Loss
+    probe: Tensor, differences: Sequence[Tensor], gram: Tensor | None, coefficients: Tensor, loss: Loss
 ) -> Tensor:
-    """The errors of a :class:`Prediction` alone, (2, B, N); the arguments are those of :func:`predict`."""
+    """The errors of a :class:`Prediction` alone, (B, N); the arguments are those of :func:`predict`."""
     form = _form(differences, probe) if gram is not None else eager
-    found: Tensor = form.proxy_losses(probe, differences, gram, mean, coefficients, loss)[1]
+    found: Tensor = form.proxy_losses(probe, differences, gram, coefficients, loss)[1]
     return found
 
 
@@ -136,9 +133,9 @@ def _check(device: torch.device) -> None:
     x, h, *features = torch.randn(6, 1, 4, 64, generator=torch.Generator().manual_seed(0)).to(device).unbind()
     past, residuals = features[:2], features[2:]
     coefficients = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
-    gram, (mean, _) = _fused().gram_matrix(past), selection.mean_and_spread(past[0])
-    result, _, errors, _ = _fused().predict_by_token(x, h, past, gram, mean, residuals, coefficients, "cosine", False)
-    losses, known, _ = eager.proxy_losses(h, past, eager.gram_matrix(past), mean, coefficients, "cosine")
+    gram = _fused().gram_matrix(past)
+    result, _, errors, _ = _fused().predict_by_token(x, h, past, gram, residuals, coefficients, "cosine", False)
+    losses, known, _ = eager.proxy_losses(h, past, eager.gram_matrix(past), coefficients, "cosine")
     expected, _ = eager.combine(x, residuals, coefficients, selection.choose(losses, "token"), False)
     same = (torch.allclose(*pair, rtol=1e-4, atol=1e-4) for pair in ((result, expected), (errors, known)))
     if not all(same):

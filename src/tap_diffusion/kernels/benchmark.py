@@ -58,35 +58,25 @@ def arguments(size: Size, candidates: int, dtype: torch.dtype, device: torch.dev
     coefficients = torch.ones(candidates, ANCHORS, dtype=torch.float64)
     coefficients[:, 1] = torch.arange(candidates)
     coefficients[:, 2] = coefficients[:, 1] ** 2 / 2
-    mean, _ = selection.mean_and_spread(probe[0])
-    return x, probe[0] + 0.2 * change, probe, kernels.gram_matrix(probe), mean, residual, coefficients
+    return x, probe[0] + 0.2 * change, probe, kernels.gram_matrix(probe), residual, coefficients
 
 
-def moved(
-    hidden_states: Tensor, probe: Tensor, differences: Any, gram: Tensor, mean: Tensor, residuals: Any, *_: Any
-) -> int:
-    """Bytes that cannot but be moved: all that is read, the prediction, the choice and two errors of each token."""
-    read = [hidden_states, probe, *differences, gram, mean, *residuals]
-    return sum(tensor.nbytes for tensor in read) + hidden_states.nbytes + hidden_states[..., 0].numel() * (1 + 2 * 4)
+def moved(hidden_states: Tensor, probe: Tensor, differences: Any, gram: Tensor, residuals: Any, *_: Any) -> int:
+    """Bytes that cannot but be moved: all that is read, the prediction, each token's choice and error."""
+    read = [hidden_states, probe, *differences, gram, *residuals]
+    return sum(tensor.nbytes for tensor in read) + hidden_states.nbytes + hidden_states[..., 0].numel() * (1 + 4)
 
 
 def reference(
-    hidden_states: Tensor,
-    probe: Tensor,
-    differences: Any,
-    gram: Tensor,
-    mean: Tensor,
-    residuals: Any,
-    coefficients: Tensor,
+    hidden_states: Tensor, probe: Tensor, differences: Any, gram: Tensor, residuals: Any, coefficients: Tensor
 ) -> Any:
     """The operation as the reference has it, over whole tensors, one after the other."""
     products = selection.inner_products(probe, differences)
     losses, squared = selection.losses_and_errors(*products, gram, coefficients, "cosine")
-    errors = torch.stack([squared.amin(0), selection.squared_distance(probe, mean)])
     choice = selection.choose(losses, "token")
     predicted = selection.combine_chosen(residuals, coefficients, choice)
     result = (hidden_states + predicted).to(hidden_states.dtype)
-    return result, choice.to(torch.uint8), errors, ~selection.all_finite(probe, result)
+    return result, choice.to(torch.uint8), squared.amin(0), ~selection.all_finite(probe, result)
 
 
 def forms(device: torch.device, compiled: bool) -> dict[str, Callable[..., Any]]:
@@ -102,9 +92,9 @@ def forms(device: torch.device, compiled: bool) -> dict[str, Callable[..., Any]]
     return result
 
 
-def _predict(form: Any, hidden_states: Tensor, probe: Tensor, differences: Any, gram: Tensor, mean: Tensor,
-             residuals: Any, coefficients: Tensor) -> Any:  # fmt: skip
-    losses, _, _ = form.proxy_losses(probe, differences, gram, mean, coefficients, "cosine")
+def _predict(form: Any, hidden_states: Tensor, probe: Tensor, differences: Any, gram: Tensor, residuals: Any,
+             coefficients: Tensor) -> Any:  # fmt: skip
+    losses, _, _ = form.proxy_losses(probe, differences, gram, coefficients, "cosine")
     return form.combine(hidden_states, residuals, coefficients, selection.choose(losses, "token"), False)
 
 

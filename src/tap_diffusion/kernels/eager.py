@@ -19,12 +19,12 @@ CHUNK = 2**18  # elements of each tensor that a thread works on at a time
 
 
 def proxy_losses(
-    probe: Tensor, differences: Sequence[Tensor], gram: Tensor | None, mean: Tensor, coefficients: Tensor, loss: Loss
+    probe: Tensor, differences: Sequence[Tensor], gram: Tensor | None, coefficients: Tensor, loss: Loss
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses of all candidates, (K, B, N); errors; whether the probe's distance from its anchor is not finite.
+    """Losses of all candidates, (K, B, N); least errors; whether the probe's distance from its anchor is not finite.
 
     Args:
-        probe, differences, mean, coefficients, loss: as for :func:`tap_diffusion.kernels.predict`.
+        probe, differences, coefficients, loss: as for :func:`tap_diffusion.kernels.predict`.
         gram: likewise; None with ``l1``.
 
     Returns:
@@ -33,18 +33,14 @@ def proxy_losses(
     if gram is None:
         losses = selection.proxy_losses(probe, differences, coefficients, loss)
         squared = selection.proxy_losses(probe, differences, coefficients, "l2")
-        errors = torch.stack([squared.amin(0), selection.squared_distance(probe, mean)])
-        return losses, errors, ~selection.all_finite(probe)
+        return losses, squared.amin(0), ~selection.all_finite(probe)
     products = [
-        (
-            *selection.inner_products(probe[:, tokens], [difference[:, tokens] for difference in differences]),
-            selection.squared_distance(probe[:, tokens], mean),
-        )
+        selection.inner_products(probe[:, tokens], [difference[:, tokens] for difference in differences])
         for tokens in _chunks(probe)
     ]
-    d_squared, g, by_mean = (torch.cat(parts, dim=1) for parts in zip(*products, strict=True))
+    d_squared, g = (torch.cat(parts, dim=1) for parts in zip(*products, strict=True))
     losses, squared = selection.losses_and_errors(d_squared, g, gram, coefficients, loss)
-    return losses, torch.stack([squared.amin(0), by_mean]), ~selection.all_finite(d_squared)
+    return losses, squared.amin(0), ~selection.all_finite(d_squared)
 
 
 def combine(

@@ -46,10 +46,10 @@ def _not_negative(x):
 
 @triton.jit
 def _losses(
-    errors, probe, probe_strides, differences, difference_strides, gram, mean, coefficients, doubt, program, count,
-    sample, token, column, K, H: tl.constexpr, D: tl.constexpr, LOSS: tl.constexpr, KS: tl.constexpr,
+    errors, probe, probe_strides, differences, difference_strides, gram, coefficients, doubt, program, sample, token,
+    column, K, H: tl.constexpr, D: tl.constexpr, LOSS: tl.constexpr, KS: tl.constexpr,
 ):  # fmt: skip
-    """Losses of all candidates, (KS,): :func:`selection.proxy_losses_onepass`. Writes the errors of the token."""
+    """Losses of all candidates, (KS,): :func:`selection.proxy_losses_onepass`, and writes the least error."""
     candidate = tl.arange(0, KS)
     rows = coefficients + candidate * H
     gram += program * H * H
@@ -60,9 +60,6 @@ def _losses(
     d_squared = tl.sum(d * d, 0)
     tl.store(doubt, True, mask=_is_finite(d_squared) == 0)
     g_0 = tl.sum(d * newest, 0)
-    # Beyond D all three are 0.
-    from_mean = h - tl.load(mean + sample * D + column, mask=column < D, other=0.0)
-    tl.store(errors + count + program, tl.sum(from_mean * from_mean, 0))
 
     linear = tl.zeros((KS,), tl.float32)  # c'·g
     forward = tl.zeros((KS,), tl.float32)  # c'·⟨D_0, D⟩
@@ -114,15 +111,15 @@ def _combine(
 @triton.jit
 def _predict_kernel(
     result, choice, errors, doubt, hidden_states, hidden_strides, probe, probe_strides, differences,
-    difference_strides, gram, mean, residuals, residual_strides, coefficients, count, N, K,
+    difference_strides, gram, residuals, residual_strides, coefficients, N, K,
     H: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, LOSS: tl.constexpr, MEND: tl.constexpr, KS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_PROBE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     sample, token = program // N, program % N
     losses = _losses(
-        errors, probe, probe_strides, differences, difference_strides, gram, mean, coefficients, doubt, program, count,
-        sample, token, tl.arange(0, BLOCK_PROBE), K, H, WIDTH, LOSS, KS,
+        errors, probe, probe_strides, differences, difference_strides, gram, coefficients, doubt, program, sample,
+        token, tl.arange(0, BLOCK_PROBE), K, H, WIDTH, LOSS, KS,
     )  # fmt: skip
     # As selection.choose has it: NaN behind everything, of equals the first.
     losses = tl.where(losses == losses, tl.minimum(losses, _MAX), _INF)
@@ -136,13 +133,13 @@ def _predict_kernel(
 
 @triton.jit
 def _losses_kernel(
-    losses, errors, doubt, probe, probe_strides, differences, difference_strides, gram, mean, coefficients, count, N, K,
+    losses, errors, doubt, probe, probe_strides, differences, difference_strides, gram, coefficients, N, K,
     H: tl.constexpr, D: tl.constexpr, LOSS: tl.constexpr, KS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     candidate = tl.arange(0, KS)
     values = _losses(
-        errors, probe, probe_strides, differences, difference_strides, gram, mean, coefficients, doubt, program, count,
+        errors, probe, probe_strides, differences, difference_strides, gram, coefficients, doubt, program,
         program // N, program % N, tl.arange(0, BLOCK), K, H, D, LOSS, KS,
     )  # fmt: skip
     tl.store(losses + program * K + candidate, values, mask=candidate < K)
@@ -183,7 +180,6 @@ def predict_by_token(
     probe: Tensor,
     differences: Sequence[Tensor],
     gram: Tensor,
-    mean: Tensor,
     residuals: Sequence[Tensor],
     coefficients: Tensor,
     loss: Loss,
@@ -197,16 +193,16 @@ def predict_by_token(
     with torch.cuda.device_of(result):
         _predict_kernel[(batch * tokens,)](
             result, choice, errors, doubt, hidden_states, hidden_states.stride(), probe, probe.stride(),
-            *_apart(differences), gram.contiguous(), mean.contiguous(), *_apart(residuals),
-            _changes(coefficients, result), batch * tokens, tokens, len(coefficients), H=len(differences), D=features,
-            WIDTH=width, LOSS=loss, MEND=mend, KS=_candidates(coefficients), BLOCK=triton.next_power_of_2(features),
+            *_apart(differences), gram.contiguous(), *_apart(residuals), _changes(coefficients, result), tokens,
+            len(coefficients), H=len(differences), D=features, WIDTH=width, LOSS=loss, MEND=mend,
+            KS=_candidates(coefficients), BLOCK=triton.next_power_of_2(features),
             BLOCK_PROBE=triton.next_power_of_2(width), num_warps=_warps(max(features, width)),
         )  # fmt: skip
     return result, choice, errors, doubt
 
 
 def proxy_losses(
-    probe: Tensor, differences: Sequence[Tensor], gram: Tensor, mean: Tensor, coefficients: Tensor, loss: Loss
+    probe: Tensor, differences: Sequence[Tensor], gram: Tensor, coefficients: Tensor, loss: Loss
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`tap_diffusion.kernels.eager.proxy_losses`; ``loss`` is not ``l1``."""
     batch, tokens, width = probe.shape
@@ -214,9 +210,9 @@ def proxy_losses(
     errors, doubt = _errors(probe), _no_doubt(probe)
     with torch.cuda.device_of(probe):
         _losses_kernel[(batch * tokens,)](
-            losses, errors, doubt, probe, probe.stride(), *_apart(differences), gram.contiguous(), mean.contiguous(),
-            _changes(coefficients, probe), batch * tokens, tokens, len(coefficients), H=len(differences), D=width,
-            LOSS=loss, KS=_candidates(coefficients), BLOCK=triton.next_power_of_2(width), num_warps=_warps(width),
+            losses, errors, doubt, probe, probe.stride(), *_apart(differences), gram.contiguous(),
+            _changes(coefficients, probe), tokens, len(coefficients), H=len(differences), D=width, LOSS=loss,
+            KS=_candidates(coefficients), BLOCK=triton.next_power_of_2(width), num_warps=_warps(width),
         )  # fmt: skip
     return losses.permute(2, 0, 1), errors, doubt
 
@@ -266,7 +262,7 @@ def _like(tensor: Tensor) -> Tensor:
 
 
 def _errors(probe: Tensor) -> Tensor:
-    return torch.empty((2, *probe.shape[:2]), device=probe.device)
+    return torch.empty(probe.shape[:2], device=probe.device)
 
 
 def _no_doubt(like: Tensor) -> Tensor:
