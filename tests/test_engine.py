@@ -135,7 +135,7 @@ def test_a_bad_anchor_is_not_kept(what: str, value: float) -> None:
     driver = Driver().run(**{what: {6: bad}})  # type: ignore[arg-type]
     # 7 has no anchor and runs in full; 8 and 9 have that one.
     assert driver.full == [0, 1, 2, 6, 7, 10]
-    assert driver.engine.report.fallbacks == {"no finite anchor": 1}
+    assert driver.engine.report.fallbacks == {"non-finite values in the last full step": 1}
     assert all(output.isfinite().all() for output in driver.outputs.values())
 
 
@@ -318,7 +318,7 @@ def test_without_effect_warns_with_the_reason() -> None:
     with pytest.warns(TAPWarning, match=r"it had 3 steps, and with warmup=3 the first predicted step is number 4"):
         Driver().run(3)
     bad = {i: torch.full(SHAPE, math.nan) for i in range(12)}
-    with pytest.warns(TAPWarning, match=r"no finite anchor \(7 calls\)"):
+    with pytest.warns(TAPWarning, match=r"non-finite values in the last full step \(7 calls\)"):
         Driver().run(residual=bad)
 
 

@@ -265,9 +265,9 @@ class TestPromise4:
             used.add(report.cache_bytes)
         stream = 64 * 32 * 4
         anchors = len(orders)
-        gram = 64 * anchors**2 * 4 if anchors > 1 else 0
+        few = 64 * anchors**2 * 4 + (32 + 1) * 4 if anchors > 1 else 0  # inner products; the mean token
         kinds = 2 if anchors > 1 else 1
-        assert used == {branches * (kinds * anchors * stream + gram)}
+        assert used == {branches * (kinds * anchors * stream + few)}
 
 
 class TestPromise5:
@@ -286,7 +286,7 @@ class TestPromise5:
         with tap.enabled(pipe, CONFIGS[name]):
             result = sample(pipe)
             report = tap.report(pipe)
-        assert report.fallbacks == {"no finite anchor": 1}
+        assert report.fallbacks == {"non-finite values in the last full step": 1}
         assert report.full_steps == len(full_steps(20, 4, 3)) + 1
         assert result.isfinite().all()
 
@@ -433,6 +433,7 @@ class TestPromise7:
             pipe = build_pipeline(num_single_layers=depth)
             counter = Operations()
             with tap.enabled(pipe, CONFIGS[name]):
+                sample(pipe)  # the first run makes coefficients that later ones find
                 counted_forward(pipe.transformer, counter, set(range(20)) - set(full_steps(20, 4, 3)))
                 sample(pipe)
             operations.append(counter.count)

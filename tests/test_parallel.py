@@ -248,7 +248,7 @@ def test_two_ranks_give_what_one_gives(by_rank: list[dict[str, Any]], alone: dic
 
 def test_a_value_that_is_not_finite_makes_the_step_full_on_all_ranks(alone: dict[str, Result]) -> None:
     # The test before has compared the ranks with this.
-    assert alone["bad residual"]["fallbacks"].keys() == {"no finite anchor"}
+    assert alone["bad residual"]["fallbacks"].keys() == {"non-finite values in the last full step"}
     assert alone["bad probe"]["fallbacks"]["non-finite values"] == 1
 
 

@@ -6,7 +6,6 @@ model computed at a full step, or asks it for the hidden states after the last b
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -20,11 +19,11 @@ from tap_diffusion import kernels, selection
 from tap_diffusion.cache import History
 from tap_diffusion.compiling import uncompiled
 from tap_diffusion.config import TAPConfig
-from tap_diffusion.errors import TAPWarning
+from tap_diffusion.errors import warn
 from tap_diffusion.predictors import Candidate, candidates, difference_matrix
 from tap_diffusion.ranks import Ranks
 from tap_diffusion.reporting import Choice, Report
-from tap_diffusion.schedule import FEWEST, plan
+from tap_diffusion.schedule import FEWEST, for_the_rest, plan
 from tap_diffusion.selection import all_finite, choose, squared_distance, unexplained
 from tap_diffusion.timeline import Timeline
 from tap_diffusion.tracking import Call
@@ -60,6 +59,7 @@ class Engine:
         self._calls: dict[str, list[tuple[int, bool, Callable[[], float]]]] = {}  # of each branch
         self._pending: list[Choice] = []  # of the call that is running
         self._timeline: Timeline | None = None
+        self._planning = config  # which steps are full, of this transformer's share of the run
         self._steps: int | None = None
         self._may_have_ended = False
 
@@ -84,6 +84,7 @@ class Engine:
             self.finish()
             self.report = Report(trajectories=self.report.trajectories + 1)
             self._timeline, self._steps = call.timeline, call.steps
+            self._planning = for_the_rest(self.config, call.steps, call.steps_before, call.full_before)
             self._even_clock()
             self._warn_of_fresh_noise()
         self._pending.clear()
@@ -95,7 +96,7 @@ class Engine:
                 self._awaited[call.branch] = True
             self.fall_back(call, f"{reason}, noticed a step late")
             return True
-        if plan(self.config, self._steps, self._timeline)(call.step):
+        if plan(self._planning, self._steps, self._timeline)(call.step):
             return True
         if call.branch not in self._histories:
             self.fall_back(call, self._lost.get(call.branch, "the branch has only just begun"))
@@ -105,7 +106,7 @@ class Engine:
     def _even_clock(self) -> None:
         """Make the clock even on the full steps of the trajectory that begins."""
         if self._timeline is not None:
-            is_full = plan(self.config, self._steps, self._timeline)
+            is_full = plan(self._planning, self._steps, self._timeline)
             self._timeline = replace(self._timeline, full=tuple(filter(is_full, range(len(self._timeline)))))
 
     @uncompiled
@@ -126,7 +127,7 @@ class Engine:
                 self._unread.pop(branch, None)
                 self._doubts.pop(branch, None)
             if not self._histories:
-                self._warn_if_without_effect()
+                self._say_how_it_went()
 
     def forget(self, before: int) -> None:
         """Drop what is remembered of branches whose last call was before a step."""
@@ -152,12 +153,13 @@ class Engine:
         moved = set(map(id, calls))
         other.report.calls = [call for call in other.report.calls if id(call) not in moved]
         self._timeline, self._steps, self._may_have_ended = other._timeline, other._steps, True
+        self._planning = other._planning
 
     def finish(self) -> None:
         """End the current trajectory, whether or not its last step was seen."""
         # It may also have been interrupted, and one step alone a look at images to edit, before the run (GLM-Image).
         if self._may_have_ended and self.report.steps > 1:
-            self._warn_if_without_effect()
+            self._say_how_it_went()
         self.reset()
 
     def fall_back(self, call: Call, reason: str) -> None:
@@ -171,12 +173,17 @@ class Engine:
         self._histories.pop(call.branch, None)
         self._lost[call.branch] = reason
 
-    def _warn_if_without_effect(self) -> None:
+    def _say_how_it_went(self) -> None:
+        """Warn once where a trajectory had no predicted step, or another number of full steps than was asked for."""
         report, config = self.report, self.config
-        if not config.predicts or report.predicted_calls or not report.calls:
+        if not config.predicts or not report.calls:
+            return
+        fallbacks = "; ".join(f"{reason} ({count} calls)" for reason, count in report.fallbacks.items())
+        if report.predicted_calls:
+            self._say_how_many(fallbacks)
             return
         if report.fallbacks:
-            reason = "; ".join(f"{reason} ({count} calls)" for reason, count in report.fallbacks.items())
+            reason = fallbacks
         elif config.full_steps is not None:
             reason = f"all of its {report.steps} steps are among full_steps={config.full_steps}"
         elif config.interval is None and self._steps is not None:
@@ -189,7 +196,23 @@ class Engine:
                 f"it had {report.steps} steps, and with warmup={config.warmup} the first predicted step is number"
                 f" {config.warmup + 1}. Use more steps or a smaller warmup"
             )
-        warnings.warn(f"TAP predicted no step of this trajectory: {reason}.", TAPWarning, stacklevel=2)
+        warn(f"TAP predicted no step of this trajectory: {reason}.")
+
+    def _say_how_many(self, fallbacks: str) -> None:
+        report, config, steps = self.report, self._planning, self._steps
+        ran = f"TAP ran {report.full_steps} of {report.steps} steps in full"
+        planned = sum(map(plan(config, steps, self._timeline), {step for step, _, _ in report.calls}))
+        if report.full_steps > planned:
+            warn(f"{ran} where {planned} were planned: {fallbacks}.")
+        elif isinstance(config.full_steps, int) and config.full_steps > report.full_steps and report.steps == steps:
+            warn(f"{ran}, and not {config.full_steps} as full_steps asks.")
+        elif config.full_steps is None and config.interval is None and steps is not None:
+            wanted = round(steps / config.speedup)
+            if wanted < FEWEST and report.full_steps > wanted:
+                warn(
+                    f"{ran}, {report.evaluations_speedup:.2f}x fewer evaluations where speedup={config.speedup:g} is"
+                    f" asked for: it leaves at least {FEWEST} full. For fewer give their number, full_steps=..."
+                )
 
     def _warn_of_fresh_noise(self) -> None:
         timeline, config = self._timeline, self.config
@@ -201,11 +224,9 @@ class Engine:
             effect = "TAP's full steps do not correct the predictions before them"
         else:
             return
-        warnings.warn(
+        warn(
             f"{timeline.fresh_noise} adds fresh noise at each step, so {effect}. A deterministic solver comes closer to"
-            " what the plain model draws, in the same time.",
-            TAPWarning,
-            stacklevel=2,
+            " what the plain model draws, in the same time."
         )
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 from tap_diffusion.config import TAPConfig
@@ -48,9 +49,38 @@ def plan(config: TAPConfig, steps: int | None, timeline: Timeline | None) -> Cal
     if interval is not None:
         return lambda step: is_full_step(step, interval, config.warmup)
     assert steps is not None
-    count = config.full_steps or max(min(FEWEST, steps), round(steps / config.speedup))
+    count = _count(config, steps)
     full = frozenset(spaced_steps(config, steps, count, timeline))
     return lambda step: step in full or step >= steps  # none is predicted that was not planned
+
+
+def for_the_rest(config: TAPConfig, steps: int | None, steps_before: int, full_before: int) -> TAPConfig:
+    """What a configuration asks of the rest of a sampling run that another transformer has begun (Wan 2.2).
+
+    Full steps are those of the whole run, however many transformers share it. Each begins with a full step.
+
+    Args:
+        steps: of the rest.
+        steps_before: that the run had before.
+        full_before: how many of these were full.
+    """
+    if not steps_before or steps is None:
+        return config
+    if isinstance(config.full_steps, tuple):
+        later = tuple(step - steps_before for step in config.full_steps if step > steps_before)
+        return replace(config, full_steps=(0, *later), steps=steps if config.steps else None)
+    if config.full_steps is not None:
+        return replace(config, full_steps=max(1, config.full_steps - full_before))
+    if config.interval is None:
+        count = _count(config, steps_before + steps)
+        return replace(config, full_steps=max(1, count - full_before))
+    return config
+
+
+def _count(config: TAPConfig, steps: int) -> int:
+    """How many of so many steps are full."""
+    assert not isinstance(config.full_steps, tuple)
+    return config.full_steps or max(min(FEWEST, steps), round(steps / config.speedup))
 
 
 def spaced_steps(config: TAPConfig, steps: int, count: int, timeline: Timeline | None) -> tuple[int, ...]:

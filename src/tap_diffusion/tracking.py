@@ -41,6 +41,7 @@ class Call:
         steps: of the trajectory, if a scheduler tells; may be more than will run (Wan 2.2 changes the transformer).
         timeline: the noise of these steps, likewise.
         unread: why there is no timeline though there is a scheduler, as one sentence.
+        steps_before, full_before: steps, and full ones, that another transformer has made in the same run (Wan 2.2).
     """
 
     step: int
@@ -50,6 +51,8 @@ class Call:
     steps: int | None = None
     timeline: Timeline | None = None
     unread: str | None = None
+    steps_before: int = 0
+    full_before: int = 0
 
 
 @dataclass
@@ -258,6 +261,10 @@ class StepTracker:
         if self._timeline is not None and len(self._timeline) != self._steps:
             self._timeline = None
 
+    def shares_run_of(self, other: StepTracker) -> bool:
+        """Whether both run through the same timesteps of one scheduler."""
+        return self._timesteps is not None and self._timesteps is other._timesteps
+
     def has_stopped_before(self, other: StepTracker) -> bool:
         """Whether the other transformer of the same run has gone on for more than a step without this one."""
         return self._timesteps is other._timesteps and self._position > other._position + 1
@@ -369,6 +376,7 @@ class Run(Generic[W]):
         work: whatever carries it out, and is used by no other run.
         tracker: of its trajectory.
         ended: its last step has run.
+        is_busy: a call of it is under way.
     """
 
     def __init__(self, work: W, schedulers: Iterable[Any]) -> None:
@@ -377,6 +385,7 @@ class Run(Generic[W]):
         self.tracker = StepTracker(lambda: (s for s in (candidate() for candidate in self.candidates) if s is not None))
         self.thread = threading.get_ident()
         self.ended = False
+        self.is_busy = False
 
     @property
     def scheduler(self) -> Any:
@@ -385,7 +394,9 @@ class Run(Generic[W]):
 
     @property
     def is_abandoned(self) -> bool:
-        """Whether nobody can go on with it."""
+        """Whether nobody will go on with it, as far as can be told."""
+        if self.is_busy:
+            return False
         if self.ended:
             return True
         if self.candidates:
@@ -429,7 +440,7 @@ class Runs(Generic[W]):
             if run in self._runs:
                 self._runs.remove(run)
             self._runs.append(run)
-            run.ended = False
+            run.ended, run.is_busy = False, True
             return run
 
     def _found(

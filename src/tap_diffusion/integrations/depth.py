@@ -31,6 +31,8 @@ from tap_diffusion.errors import UnsupportedModelError
 from tap_diffusion.integrations.models import Stream, TransformerSpec
 
 Streams = dict[str, Tensor]  # by the name of the first block's argument
+_registering = threading.Lock()  # torch counts hooks in a way that two threads at once can give two of them one number
+
 StandIns = dict[Any, Any]  # for the output of a spec's unread submodules, by submodule and shapes of its arguments
 
 
@@ -231,7 +233,10 @@ class Depth:
             predict: gets the first block's arguments by name and returns what enters the head.
             unread: where it has a stand-in for what one of the spec's unread submodules would give, that doesn't run.
         """
-        view = self._views.pop() if self._views else _View(self)
+        try:
+            view = self._views.pop()
+        except IndexError:
+            view = _View(self)
         try:
             with view.of_call(predict, unread) as module:
                 yield module
@@ -307,12 +312,13 @@ class Depth:
             if threading.get_ident() == thread:
                 raise _Reached(output if isinstance(output, Tensor) else output[0])
 
-        handles = [
-            child.register_forward_hook(after_norm)
-            if norm
-            else child.register_forward_pre_hook(at_attention, with_kwargs=True)
-            for child in children
-        ]
+        with _registering:
+            handles = [
+                child.register_forward_hook(after_norm)
+                if norm
+                else child.register_forward_pre_hook(at_attention, with_kwargs=True)
+                for child in children
+            ]
         watch, self._current.watch = self._watch, None  # this is not the model's own pass
         try:
             first._call_impl(**self._copied(arguments))
@@ -320,8 +326,9 @@ class Depth:
             return reached.value
         finally:
             self._current.watch = watch
-            for handle in handles:
-                handle.remove()
+            with _registering:
+                for handle in handles:
+                    handle.remove()
         hooks = getattr(getattr(first, "_diffusers_hook", None), "hooks", {})
         skipped = [name for name in hooks if "skip" in name.lower()]
         reason = f"is skipped by {skipped[0]}; skip others, or" if skipped else "calls no attention;"

@@ -6,6 +6,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from inspect import ismethod
 from typing import Any
@@ -90,6 +91,7 @@ class TAPHook(NotCopied, Passes, ModelHook):
             )
             if call.starts_trajectory:
                 refuse_other_caches(module)
+                call = self._after_others(run, call)
 
             def forward(model: nn.Module, without: Sequence[str]) -> Any:
                 given = {name: None if name in without else value for name, value in kwargs.items()}
@@ -103,6 +105,8 @@ class TAPHook(NotCopied, Passes, ModelHook):
                 other.work.engine.reset()
                 hook.runs.end(other)
             raise
+        finally:
+            run.is_busy = False
         return output
 
     @uncompiled
@@ -128,6 +132,19 @@ class TAPHook(NotCopied, Passes, ModelHook):
     def _known_schedulers(self) -> list[Any]:
         """Of the pipelines that TAP was told of. Users replace them, so they are looked up anew."""
         return [scheduler for pipeline in list(self.pipelines) for scheduler in schedulers_of(pipeline)]
+
+    def _after_others(self, run: Run[Passes], call: Call) -> Call:
+        """The first call of a trajectory, with what other transformers have done of its run."""
+        others = [
+            other.work.engine.report
+            for hook, other in self._of_all_transformers(run)
+            if hook is not self and other.tracker.shares_run_of(run.tracker)
+        ]
+        return replace(
+            call,
+            steps_before=sum(report.steps for report in others),
+            full_before=sum(report.full_steps for report in others),
+        )
 
     @uncompiled
     def _take_note(self, run: Run[Passes], call: Call) -> None:
