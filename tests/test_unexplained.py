@@ -233,7 +233,7 @@ def load(name: str) -> tuple[Any, BenchModel]:
         ("emoji", emoji_rolled, (50, 50), 30.0),
         ("emoji", replaced(25), (8, 10), 2.0),  # the next step is full
         ("emoji", replaced(26), (8, 10), 5.0),  # it is predicted
-        ("sprites", frames_moved_along, (40, 50), 5.0),  # late, over a ground that stands still, most is explained
+        ("sprites", frames_moved_along, (30, 50), 3.0),  # late, over a ground that stands still, most is explained
     ],
 )
 def test_what_the_past_does_not_explain_is_not_predicted(
