@@ -270,7 +270,7 @@ def test_the_bench_s_runs_are_explained(name: str, monkeypatch: pytest.MonkeyPat
     ratios: list[float] = []
     check = Engine._is_unexplained
 
-    def watched(self: Engine, call: Any, h: Tensor, errors: Tensor, history: Any, late: bool) -> Tensor:
+    def watched(self: Engine, call: Any, h: Tensor, errors: Tensor, history: Any, late: bool) -> Tensor | None:
         ratios.append(float((errors.sum(-1) / history.spread).max()))
         return check(self, call, h, errors, history, late)
 
