@@ -171,7 +171,8 @@ def test_full_operations_are_those_of_the_plain_model(work: Work) -> None:
     subject = tiny()
     with FlopCounterMode(display=False) as counter:
         subject.run(3)
-    assert 3 * (work.full_flops - work.flops["probe"]) == counter.get_total_flops()
+    own = 3 * (work.full_flops - work.flops["probe"]) - counter.get_total_flops()
+    assert 0 <= own <= 3 * work.flops["selection"]  # whether the past explains the anchor
 
 
 def test_floor_is_the_longer_of_products_and_weights() -> None:
@@ -271,9 +272,9 @@ def test_the_cache_grows_with_tokens_and_not_with_depth() -> None:
     assert [point["blocks"] for point in depth] == [2, 4]
     assert len({point["cache_bytes"] for point in depth}) == 1
     assert [point["tokens"] for point in tokens] == [32, 72, 128]
-    per_token = {point["cache_bytes"] / point["tokens"] for point in points}
-    assert len(per_token) == 1
-    assert per_token.pop() >= 6 * 4 * WIDTH
+    per_token = [point["cache_bytes"] / point["tokens"] for point in points]
+    assert max(per_token) < 1.01 * min(per_token)  # a mean token is kept, too
+    assert min(per_token) >= 6 * 4 * WIDTH
 
 
 def test_nothing_is_left_behind() -> None:
@@ -338,7 +339,7 @@ def test_profile_of_a_size(tmp_path: Path) -> None:
 
 
 def test_profile_of_a_model_with_two_branches() -> None:
-    result = profile(of_model("emoji", torch.float32, "cpu", batch=1), TAPConfig(full_steps=3), 8, repeats=1)
+    result = profile(of_model("emoji", torch.float32, "cpu", batch=1), TAPConfig(full_steps=4), 8, repeats=1)
     assert (result["transformer"], result["branches"], result["tokens"]) == ("FluxTransformer2DModel", 2, 64)
     assert result["cache"]["computed_bytes"] == 2 * 6 * 64 * 192 * 4 <= result["cache"]["measured_bytes"]
 

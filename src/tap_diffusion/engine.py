@@ -40,11 +40,16 @@ class Fallback(Exception):
 class Engine:
     """Decides, predicts and keeps count for the trajectories of one model.
 
+    Attributes:
+        checks_past: whether a step that the past does not explain is full; not in subclasses that decide by themselves.
+
     Args:
         config: see :class:`TAPConfig`.
         ranks: the processes that run the same model on other tokens of the same samples, all by an engine of their own;
             they decide alike.
     """
+
+    checks_past = True
 
     def __init__(self, config: TAPConfig, ranks: Ranks | None = None) -> None:
         self.config = config
@@ -344,13 +349,17 @@ class Engine:
         self._pending.append(Choice(call.step, call.branch, members, choice))
         return result
 
-    def _is_unexplained(self, call: Call, h: Tensor, errors: Tensor, history: History, late: bool) -> Tensor:
+    def _is_unexplained(self, call: Call, h: Tensor, errors: Tensor, history: History, late: bool) -> Tensor | None:
         """Whether the past explains nothing of a sample; one of them makes the step full for the whole batch.
+
+        A pass is either full or predicted, and what it costs the other samples is time, not quality.
 
         Args:
             h: probe features now, (B, N, D').
             errors: of their best candidates, (B, N).
         """
+        if not self.checks_past:
+            return None
         error, spread = self._ranks.total(torch.stack([errors.sum(-1), history.spread]))
         lost = (error > spread).any()
         if late or lost:  # else nobody has to know the other distance
@@ -362,7 +371,7 @@ class Engine:
         self, call: Call, probe: Tensor | None, history: History | None, late: bool
     ) -> Tensor | None:
         """The same of the probe of a full step, before it becomes an anchor; None where nobody can tell."""
-        if probe is None or history is None or not self.needs_probe:
+        if probe is None or history is None or not self.needs_probe or not self.checks_past:
             return None
         if history.judged is not None and history.judged[0] == call.step:  # hindsight has asked
             return history.judged[1]

@@ -120,6 +120,8 @@ class DeepProbeEngine(Engine):
         features: makes the probe features (B, N, D') of a residual and the name of its stream.
     """
 
+    checks_past = False
+
     def __init__(self, config: TAPConfig, features: Callable[[Tensor, str], Tensor]) -> None:
         super().__init__(config)
         self._features = features

@@ -30,6 +30,7 @@ class ThresholdEngine(Engine):
     """
 
     needs_probe = True
+    checks_past = False
 
     def __init__(self, config: TAPConfig, threshold: float) -> None:
         super().__init__(config)
