@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,10 @@ from diffusers import DiffusionPipeline, ModelMixin
 import tap_diffusion as tap
 from peers import offline_hub
 from peers.expected import reason
+from tap_diffusion.engine import Engine
 from tap_diffusion.integrations.models import SPECS
 
+counts = Counter[str]()
 MODES = {
     "plain": None,
     "interval=1": tap.TAPConfig(interval=1),
@@ -43,12 +46,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    if not hasattr(session.config, "workerinput"):
-        session.config.stash[_FILLED] = True
     offline_hub.make(Path(_CACHE.name))
+    count_calls(Engine)
 
 
-_FILLED = pytest.StashKey[bool]()
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say that TAP was there: tests that pass without it tell nothing."""
+    terminalreporter.write_line(
+        f"TAP: enabled {counts['enabled']} times, {counts['full']} full and {counts['predicted']} predicted calls"
+    )
+
+
+def count_calls(engine: Any) -> None:
+    end = engine.end
+
+    def counted_end(self: Any, call: Any, full: bool, *args: Any) -> None:
+        counts["full" if full else "predicted"] += 1
+        end(self, call, full, *args)
+
+    engine.end = counted_end
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -83,6 +99,7 @@ def _enable_when_built(cls: Any, settings: tap.TAPConfig) -> None:
         if type(self) is cls:
             try:
                 tap.enable(self, settings)
+                counts["enabled"] += 1
             except tap.UnsupportedModelError:  # a pipeline of UNets, or without its transformer
                 if cls.__name__ in SPECS:
                     raise
