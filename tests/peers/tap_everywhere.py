@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 # Before huggingface_hub reads them.
-_CACHE = tempfile.TemporaryDirectory(prefix="tap-peers-hub-")
-os.environ |= {"HF_HUB_CACHE": _CACHE.name, "HF_HUB_OFFLINE": "1", "DIFFUSERS_TEST_DEVICE": "cpu"}
+os.environ["HF_HUB_CACHE"] = tempfile.mkdtemp(prefix="tap-peers-hub-")
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 from diffusers import DiffusionPipeline, ModelMixin
@@ -46,8 +47,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    offline_hub.make(Path(_CACHE.name))
+    offline_hub.make(Path(os.environ["HF_HUB_CACHE"]))
     count_calls(Engine)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(os.environ["HF_HUB_CACHE"])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -83,7 +88,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xfail(reason=why, strict=True))
 
 
-def _subclasses(cls: type) -> Iterator[type]:
+def _subclasses(cls: Any) -> Iterator[Any]:
     for child in cls.__subclasses__():
         yield child
         yield from _subclasses(child)
