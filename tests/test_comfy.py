@@ -129,8 +129,8 @@ def sample_without_depth(patcher: Any, kind: str) -> Tensor:
     """With the depth left out and nothing in its place, at the steps that TAP predicts."""
 
     def predict(_: Any, depth: Any, calls: Any, forward: Any) -> Any:
-        with depth.left_out(lambda arguments: {s.argument: arguments[s.argument] for s in depth.spec.streams}, {}):
-            return forward(), None
+        with depth.left_out(lambda given: {s.argument: given[s.argument] for s in depth.spec.streams}, {}) as view:
+            return forward(view, ()), None
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comfy._Lane, "_predict", predict)

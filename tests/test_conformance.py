@@ -66,11 +66,8 @@ def _anchors_not_reset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "reset", lambda self: None)
 
 
-def _blocks_left_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Depth._set
-    monkeypatch.setattr(
-        Depth, "_set", lambda self, places: None if places == self._originals else original(self, places)
-    )
+def _hooks_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Depth, "detach", lambda self: None)
 
 
 def _latents_embedded_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +84,7 @@ def _latents_embedded_once(monkeypatch: pytest.MonkeyPatch) -> None:
         (_residual_of_another_place, checks.check_recomputation),
         (_one_branch_for_all, checks.check_branches),
         (_anchors_not_reset, checks.check_repeatable),
-        (_blocks_left_exchanged, checks.check_off),
+        (_hooks_left_behind, checks.check_off),
         (_latents_embedded_once, checks.check_unread),
     ],
 )

@@ -404,8 +404,8 @@ class TestPromise7:
         config, counts = transformer.config, count_calls(transformer.context_embedder)
         image = torch.randn(1, 64, config.in_channels, generator=torch.Generator().manual_seed(0))
 
-        def call(text: int) -> Tensor:
-            output: Tensor = transformer(
+        def call(text: int, model: Any) -> Tensor:
+            output: Tensor = model.forward(
                 image, torch.ones(1, text, config.joint_attention_dim), torch.ones(1, config.pooled_projection_dim),
                 torch.tensor([0.5]), img_ids=torch.zeros(64, 3), txt_ids=torch.zeros(text, 3), return_dict=False,
             )[0]  # fmt: skip
@@ -413,12 +413,13 @@ class TestPromise7:
 
         unread: StandIns = {}
         depth = Depth(transformer, SPECS["FluxTransformer2DModel"])
-        with depth.watched(lambda *_: None, lambda *_: None, unread):
-            call(TOKENS)
-        with depth.left_out(lambda arguments: {"hidden_states": arguments["hidden_states"]}, unread):
-            same = call(TOKENS)
+        depth.attach()
+        with depth.watched(lambda *_: None, lambda *_: None, lambda *_: None, unread):
+            call(TOKENS, transformer)
+        with depth.left_out(lambda arguments: {"hidden_states": arguments["hidden_states"]}, unread) as view:
+            same = call(TOKENS, view)
             assert counts == [1]
-            other = call(TOKENS + 5)
+            other = call(TOKENS + 5, view)
             assert counts == [2]
         assert torch.equal(same, other)
         held = [leaf.untyped_storage().nbytes() for leaf in tree_leaves(unread) if isinstance(leaf, Tensor)]

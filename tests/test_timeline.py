@@ -33,12 +33,26 @@ def ddim(prediction: str, **config: Any) -> Any:
     return scheduler
 
 
+def edm() -> Any:
+    scheduler = diffusers.EDMEulerScheduler()
+    scheduler.set_timesteps(STEPS)
+    return scheduler
+
+
+def reversed_flow() -> Any:
+    scheduler = diffusers.MiniMaxH3Scheduler(shift=3.0)
+    scheduler.set_timesteps(STEPS + 1)
+    return scheduler
+
+
 SCHEDULERS: dict[str, Callable[[], Any]] = {
     "flow": flow,
     "shifted flow": lambda: flow(shift=3.0),
     "epsilon": lambda: ddim("epsilon"),
     "v": lambda: ddim("v_prediction", beta_schedule="scaled_linear"),
     "sample": lambda: ddim("sample"),
+    "preconditioned": edm,
+    "reversed flow": reversed_flow,
 }
 each_scheduler = pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
 
@@ -47,6 +61,12 @@ def model(scheduler: Any, clean: Tensor) -> Callable[[Tensor, int], Tensor]:
     """The perfect model of data that is one point."""
 
     def output(x: Tensor, step: int) -> Tensor:
+        if hasattr(scheduler, "precondition_outputs"):  # to be (x₀ - c_skip x) / c_out, Karras et al., table 1
+            sigma, data = scheduler.sigmas[step].double(), scheduler.config.sigma_data
+            total = sigma**2 + data**2
+            return (clean - data**2 / total * x) * total.sqrt() / (sigma * data)
+        if isinstance(scheduler, diffusers.MiniMaxH3Scheduler):
+            return (clean - x) / scheduler.sigmas[step].double()
         if hasattr(scheduler, "sigmas"):
             return (x - clean) / scheduler.sigmas[step].double()
         product = scheduler.alphas_cumprod[scheduler.timesteps[step]].double()
@@ -155,75 +175,6 @@ def test_hindsight_is_never_negative_nor_infinite(anchor: int, data: st.DataObje
         value = known.hindsight([anchor] if earlier is None else [anchor, earlier], step)
         assert 0 <= value + 1e-12 < 100
         assert (value > 1e-9) == (anchor + 1 < step < 19)  # a perfect model needs no help at the last step
-
-
-# --------------------------------------------------------------------------------------------------- reading schedulers
-
-
-def noise_of(scheduler: Any) -> list[float]:
-    scheduler.set_timesteps(STEPS)
-    known = timeline(scheduler, 0)
-    assert known is not None
-    assert len(known) == STEPS
-    return list(known.noise)
-
-
-def test_all_that_know_the_same_noise_agree() -> None:
-    trailing = ddim("epsilon", timestep_spacing="trailing")
-    ours = noise_of(trailing)
-    for kind in (diffusers.DPMSolverMultistepScheduler, diffusers.UniPCMultistepScheduler):
-        other = noise_of(kind.from_config(trailing.config))
-        torch.testing.assert_close(other, ours, rtol=1e-4, atol=0)
-    euler = diffusers.EulerDiscreteScheduler.from_config(trailing.config)
-    torch.testing.assert_close(noise_of(euler), ours, rtol=1e-4, atol=0)
-    flows = noise_of(diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"))
-    assert all(a > b > 0 for a, b in pairwise(flows))
-
-
-def test_a_flow_of_noise_alone_is_infinite_at_first() -> None:
-    known = timeline(flow(), 0)
-    assert known is not None
-    assert known.noise[0] == math.inf
-    assert known.noise[1] == pytest.approx(float(flow().sigmas[1] / (1 - flow().sigmas[1])))
-
-
-def test_image_to_image_begins_later() -> None:
-    whole, part = timeline(ddim("epsilon"), 0), timeline(ddim("epsilon"), 12)
-    assert whole is not None
-    assert part is not None
-    assert part.noise == whole.noise[12:]
-
-
-@pytest.mark.parametrize(
-    "scheduler",
-    [
-        diffusers.EDMEulerScheduler(),
-        diffusers.DDPMScheduler(),
-        diffusers.LCMScheduler(),
-        diffusers.EulerAncestralDiscreteScheduler(),
-        diffusers.FlowMatchLCMScheduler(),
-        diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
-        diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
-    ],
-    ids=lambda scheduler: type(scheduler).__name__,
-)
-def test_random_and_scaled_steps_have_a_clock_and_no_hindsight(scheduler: Any) -> None:
-    scheduler.set_timesteps(STEPS)
-    known = timeline(scheduler, 0)
-    assert known is not None
-    assert known.prediction is None
-    assert known.hindsight([3, 0], 7) == 0
-    assert len(known.clock) == STEPS
-
-
-@pytest.mark.parametrize(
-    "scheduler",
-    [diffusers.HeunDiscreteScheduler(), diffusers.FlowMatchHeunDiscreteScheduler()],
-    ids=lambda scheduler: type(scheduler).__name__,
-)
-def test_what_evaluates_twice_does_not_tell(scheduler: Any) -> None:
-    scheduler.set_timesteps(STEPS)
-    assert timeline(scheduler, 0) is None
 
 
 @pytest.mark.parametrize(("full", "share"), [(1, 0.1), (6, 0.6), (9, 0.9), (10, 1.0), (14, 1.0)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -39,17 +38,8 @@ class Run:
         return result
 
 
-class Holder:
-    """What stands for a pipeline."""
-
-    def __init__(self, scheduler: Any) -> None:
-        self.scheduler = scheduler
-
-
 def knowing(*schedulers: Any) -> StepTracker:
-    tracker = StepTracker()
-    tracker.schedulers = [partial(getattr, holder, "scheduler") for holder in map(Holder, schedulers)]
-    return tracker
+    return StepTracker(lambda: schedulers)
 
 
 def steps(calls: list[Call]) -> list[tuple[int, bool]]:

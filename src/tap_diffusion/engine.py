@@ -155,6 +155,11 @@ class Engine:
         warnings.warn(f"TAP predicted no step of this trajectory: {reason}.", TAPWarning, stacklevel=2)
 
     @property
+    def holds_anchors(self) -> bool:
+        """Whether any branch has an anchor."""
+        return bool(self._histories)
+
+    @property
     def cache_bytes(self) -> int:
         """Bytes that the histories hold now."""
         return sum(history.nbytes for branch in self._histories.values() for history in branch.values())

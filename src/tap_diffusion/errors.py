@@ -1,5 +1,10 @@
 """Errors and warnings that users may want to catch."""
 
+from __future__ import annotations
+
+import sys
+import warnings
+
 
 class ConfigError(ValueError):
     """A configuration value is out of its domain. The message names the field, the value and what is allowed."""
@@ -15,3 +20,14 @@ class TAPWarning(UserWarning):
 
 class UsageError(ValueError):
     """A value given on the command line can't be used. The message names it and what is allowed."""
+
+
+def warn(message: str) -> None:
+    """Warn of something in this run. Python shows the same warning once in a process; this one once each time."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_INNER):
+        frame = frame.f_back
+    warnings.warn_explicit(message, TAPWarning, frame.f_code.co_filename, frame.f_lineno, registry={})
+
+
+_INNER = ("tap_diffusion", "torch.", "diffusers.", "accelerate.")  # a warning is shown at who called these

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from diffusers.hooks import HookRegistry
 from torch import nn
 
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.errors import UnsupportedModelError
 from tap_diffusion.integrations.depth import Depth, parameters, unwrapped
-from tap_diffusion.integrations.hook import TAPHook, refuse_other_caches
+from tap_diffusion.integrations.hook import TAPHook, refuse_other_caches, register, schedulers_of, unregister
 from tap_diffusion.integrations.models import REFUSED, SPECS, Stream, TransformerSpec
 from tap_diffusion.reporting import Report
 
@@ -63,10 +60,11 @@ def apply_tap(
     previous = _hook(module)
     hook = TAPHook(config, depth)
     if previous is not None:
-        hook.tracker.schedulers = previous.tracker.schedulers
+        hook.pipelines, hook.peers = previous.pipelines, previous.peers
+        previous.finish()
         _remove(module)
     with _beneath_accelerate(module):
-        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _NAME)
+        register(hook, module, _NAME)
 
 
 def enable(target: DiffusionPipeline | nn.Module, config: TAPConfig | None = None) -> None:
@@ -89,13 +87,10 @@ def enable(target: DiffusionPipeline | nn.Module, config: TAPConfig | None = Non
     for transformer in supported(target):  # all or none
         apply_tap(transformer, config)
     if not isinstance(target, nn.Module):
-        pipeline = weakref.ref(target)
         applied = hooks(target)
         for hook in applied:
             hook.peers = [other for other in applied if other is not hook]
-            for name in target.components:
-                if name.endswith("scheduler"):  # users replace it, so it is looked up anew
-                    hook.tracker.schedulers.append(partial(_component, pipeline, name))
+            hook.pipelines.add(target)
 
 
 def disable(target: DiffusionPipeline | nn.Module) -> None:
@@ -103,7 +98,7 @@ def disable(target: DiffusionPipeline | nn.Module) -> None:
     for transformer in transformers(target):
         hook = _hook(transformer)
         if hook is not None:
-            hook.engine.finish()
+            hook.finish()
             _remove(transformer)
 
 
@@ -122,7 +117,8 @@ def report(target: DiffusionPipeline | nn.Module) -> Report:
 
     With several transformers their steps are listed one transformer after the other.
     """
-    reports = [hook.engine.report for hook in hooks(target)]
+    schedulers = [] if isinstance(target, nn.Module) else schedulers_of(target)
+    reports = [hook.report_of(schedulers) for hook in hooks(target)]
     if not reports:
         raise ValueError(f"TAP is not enabled on this {type(target).__name__}; call tap.enable(...) first")
     return reports[0] if len(reports) == 1 else Report.joined(reports)
@@ -158,10 +154,6 @@ def supported(target: DiffusionPipeline | nn.Module) -> list[nn.Module]:
     for transformer in found:
         _spec(transformer)
     return found
-
-
-def _component(pipeline: weakref.ref[DiffusionPipeline], name: str) -> Any:
-    return getattr(pipeline(), name, None)
 
 
 def _spec(module: nn.Module) -> TransformerSpec:
@@ -209,7 +201,7 @@ def _hook(module: nn.Module) -> TAPHook | None:
 def _remove(module: nn.Module) -> None:
     registry: Any = module._diffusers_hook
     with _beneath_accelerate(module):
-        registry.remove_hook(_NAME, recurse=False)
+        unregister(module, _NAME)
         if not registry.hooks:
             # diffusers leaves the original forward behind as an attribute of the instance, and the empty registry.
             if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:

@@ -13,7 +13,8 @@ import logging
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -154,6 +155,7 @@ class _Accelerator:
             output = executor(noise, latent, sampler, sigmas, *args, **kw)
         finally:
             guider.model_options = options
+            run.detach()
         self.report = run.finish()
         _log.info("%s", self.report)
         return output
@@ -244,6 +246,11 @@ class _Run:
             self._names[branch] = kind if count == 0 else f"{kind} {count + 1}"
         return self._names[branch]
 
+    def detach(self) -> None:
+        """Leave the models as they were."""
+        for lane in self._lanes.values():
+            lane.detach()
+
     def finish(self) -> Report:
         """Free all; return what was done."""
         if not self._lanes:
@@ -267,14 +274,27 @@ class _Lane(Passes):
         self._module = module
         self._depth_of: Callable[[nn.Module], Depth] = accelerator.depth
         self._depth = accelerator.depth(module)
+        self._depth.attach()
         self.has_begun = False
+
+    def detach(self) -> None:
+        """Leave the model as it was."""
+        self._depth.detach()
 
     def run_on(self, calls: list[Call], forward: partial[Any], device: torch.device) -> Any:
         """One call of the diffusion model, whose blocks may have been replaced since the last one."""
         self.has_begun = True
         if not self._depth.is_current():
+            self._depth.detach()
             self._depth = self._depth_of(self._module)
-        return self.run(self._depth, calls, forward, device)
+            self._depth.attach()
+        depth = self._depth
+
+        def run(model: nn.Module, _: Sequence[str]) -> Any:
+            with nullcontext() if model is self._module else depth.lent(model):
+                return forward()
+
+        return self.run(depth, calls, run, device)
 
 
 class _Position:

@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from inspect import ismethod
 from typing import Any
 
 import torch
+from diffusers.hooks import HookRegistry
 from diffusers.hooks.hooks import BaseState, ModelHook, StateManager
 from torch import Tensor, nn
 
 from tap_diffusion.compiling import uncompiled, uncompiled_itself
 from tap_diffusion.config import TAPConfig
-from tap_diffusion.errors import UnsupportedModelError
-from tap_diffusion.integrations.depth import Depth, named
+from tap_diffusion.errors import UnsupportedModelError, warn
+from tap_diffusion.integrations import callers
+from tap_diffusion.integrations.depth import Depth, NotCopied, named
 from tap_diffusion.integrations.passes import Passes
 from tap_diffusion.ranks import Ranks
-from tap_diffusion.tracking import StepTracker
+from tap_diffusion.reporting import Report
+from tap_diffusion.tracking import Call, Run, Runs, Told
 
 
-class TAPHook(Passes, ModelHook):
+class TAPHook(NotCopied, Passes, ModelHook):
     """Wraps a transformer's forward in diffusers' own way, so that offloading and other hooks go on working.
+
+    It carries out the first sampling run itself, and has others carried out beside it where several pipelines or
+    threads use the transformer at once.
 
     Args:
         config: see :class:`TAPConfig`.
         depth: of the transformer, whose parallelism has been enabled already, if any.
+
+    Attributes:
+        pipelines: that are known to use the transformer.
+        peers: hooks on the other transformers of these pipelines.
     """
 
     _is_stateful = True  # makes diffusers' `cache_context` tell this hook the name of the branch
@@ -32,62 +47,246 @@ class TAPHook(Passes, ModelHook):
         ModelHook.__init__(self)
         self._parallelism = _parallelism(depth.module)
         Passes.__init__(self, config, depth.spec, _ranks(self._parallelism))
-        self.tracker = StepTracker()
-        self._context = StateManager(BaseState)
+        self._context = _ContextOfThread(BaseState)
         self._depth = depth
-        self.peers: list[TAPHook] = []  # of the pipeline's other transformers
+        self._lock = threading.Lock()
+        self._warned_of_training = False
+        self._reports: weakref.WeakKeyDictionary[Any, Report] = weakref.WeakKeyDictionary()
+        self._latest: Report | None = None
+        self._trajectories = 0
+        self.runs: Runs[Passes] = Runs(self._another, self, lambda passes: passes.engine.finish())
+        self.pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.peers: list[TAPHook] = []
+
+    def _another(self) -> Passes:
+        return Passes(self.engine.config, self.spec, _ranks(self._parallelism))
 
     @uncompiled_itself
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Stand in for the transformer's forward."""
+        if module.training and torch.is_grad_enabled():
+            return self._train(*args, **kwargs)
+        if _runs_again():
+            return self._run_again(module, *args, **kwargs)
         arguments = named(module, args, kwargs)
-        if not self._depth.is_current():
-            self._depth = Depth(module, self.spec)
+        run = self._find(module, arguments)
         try:
             if _parallelism(module) is not self._parallelism:
                 raise UnsupportedModelError(
                     f"parallelism was enabled on this {type(module).__name__} when TAP was there already;"
                     " call tap.enable(...) again, after enable_parallelism(...)"
                 )
-            timestep = arguments.get(self.spec.timestep)
-            if timestep is None:
-                raise ValueError(f"{type(module).__name__} got no {self.spec.timestep}, by which TAP tells its steps")
-            call = self.tracker.locate(
-                timestep, self._branch(), arguments.get(self.spec.conditioning), rising=self.spec.rising
+            call = run.tracker.locate(
+                arguments[self.spec.timestep],
+                self._branch(),
+                arguments.get(self.spec.conditioning),
+                self.spec.rising,
+                self._told(),
             )
             if call.starts_trajectory:
                 refuse_other_caches(module)
-            forward = partial(self.fn_ref.original_forward, *args, **kwargs)
-            output = self.run(self._depth, [call], forward, _device(arguments))
-            if call.is_last_step:
-                for peer in self.peers:
-                    if peer.tracker.has_stopped_before(self.tracker):
-                        peer.engine.finish()
+
+            def forward(model: nn.Module, without: Sequence[str]) -> Any:
+                given = {name: None if name in without else value for name, value in kwargs.items()}
+                own = self.fn_ref.original_forward
+                return own(*args, **given) if model is module else unbound(own, module)(model, *args, **given)
+
+            output = run.work.run(self._depth, [call], forward, _device(arguments))
+            self._take_note(run, call)
         except BaseException:  # an interrupt as well: nothing of a broken trajectory may reach the next
-            for hook in (self, *self.peers):
-                hook.engine.reset()
-                hook.tracker.reset()
+            for hook, other in self._of_all_transformers(run):
+                other.work.engine.reset()
+                hook.runs.end(other)
             raise
         return output
 
+    @uncompiled
+    def _find(self, module: nn.Module, arguments: dict[str, Any]) -> Run[Passes]:
+        """The sampling run that a call belongs to."""
+        timestep = arguments.get(self.spec.timestep)
+        if timestep is None:
+            raise ValueError(f"{type(module).__name__} got no {self.spec.timestep}, by which TAP tells its steps")
+        with self._lock:
+            if not self._depth.is_current():
+                depth = Depth(module, self.spec)
+                self._depth.detach()
+                self._depth = depth
+                depth.attach()
+        return self.runs.of(
+            callers.schedulers(),
+            self._known_schedulers,
+            timestep,
+            self.spec.rising,
+            arguments.get(self.spec.conditioning),
+        )
+
+    def _known_schedulers(self) -> list[Any]:
+        """Of the pipelines that TAP was told of. Users replace them, so they are looked up anew."""
+        return [scheduler for pipeline in list(self.pipelines) for scheduler in schedulers_of(pipeline)]
+
+    @uncompiled
+    def _take_note(self, run: Run[Passes], call: Call) -> None:
+        engine = run.work.engine
+        if call.starts_trajectory:
+            self._trajectories += 1
+            engine.report.trajectories = self._trajectories
+        self._latest = engine.report
+        with contextlib.suppress(TypeError):  # one that takes no weak references
+            if run.scheduler is not None:
+                self._reports[run.scheduler] = engine.report
+        if call.is_last_step:
+            run.ended = not engine.holds_anchors
+            for hook, other in self._of_all_transformers(run):
+                if hook is not self and other.tracker.has_stopped_before(run.tracker):
+                    other.work.engine.finish()
+
+    def _of_all_transformers(self, run: Run[Passes]) -> list[tuple[TAPHook, Run[Passes]]]:
+        """The same sampling run of all transformers of a pipeline, with their hooks."""
+        others = [(peer, peer.runs.by(run.scheduler)) for peer in self.peers if run.scheduler is not None]
+        return [(self, run), *((peer, other) for peer, other in others if other is not None)]
+
+    def report_of(self, schedulers: Iterable[Any]) -> Report:
+        """Of the trajectory of one of these schedulers, else of the latest."""
+        for scheduler in schedulers:
+            with contextlib.suppress(TypeError):
+                if scheduler in self._reports:
+                    return self._reports[scheduler]
+        return self._latest or self.engine.report
+
+    def _train(self, *args: Any, **kwargs: Any) -> Any:
+        """Run as if TAP were not there: training is no sampling run, and its blocks need gradients."""
+        if not self._warned_of_training:
+            self._warned_of_training = True
+            warn(
+                "TAP leaves this model alone while it is in training mode and gradients are on: each call runs in full."
+                " To sample, call model.eval() or use torch.no_grad()."
+            )
+        return self.fn_ref.original_forward(*args, **kwargs)
+
+    def _run_again(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """A call within a backward pass, for which a checkpoint around the transformer runs it a second time."""
+        if any(run.work.engine.report.predicted_calls for run in self.runs):
+            raise RuntimeError(
+                f"a checkpoint around this {type(module).__name__} runs it again in the backward pass, where TAP can't"
+                " tell which step it is. Checkpoint its blocks instead, by model.enable_gradient_checkpointing()"
+            )
+        return self.fn_ref.original_forward(*args, **kwargs)
+
+    def initialize_hook(self, module: nn.Module) -> nn.Module:
+        """diffusers calls this as the hook is registered."""
+        self._depth.attach()
+        return module
+
+    def deinitalize_hook(self, module: nn.Module) -> nn.Module:
+        """diffusers calls this as the hook is removed, and spells it so."""
+        self._depth.detach()
+        return module
+
+    @property
+    def _said(self) -> Any:
+        """What the pipeline says of this call by ``cache_context``; None where it says nothing."""
+        return self._context._context
+
     def _branch(self) -> str | None:
-        try:
-            return self._context.context.name
-        except ValueError:  # the pipeline set none
-            return None
+        return None if self._said is None else self._said.name
 
-    def __deepcopy__(self, memo: Any) -> Any:
-        # diffusers' patched forward would go on calling the original module.
-        raise RuntimeError("a model can't be copied while TAP is enabled on it; call tap.disable(...) first")
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise RuntimeError("a model can't be pickled while TAP is enabled on it; call tap.disable(...) first")
+    def _told(self) -> Told | None:
+        step = getattr(self._said, "step_index", None)  # diffusers 0.42 and newer
+        return None if step is None else Told(int(step), self._said.num_inference_steps)
 
     def reset_state(self, module: nn.Module) -> nn.Module:
-        """Forget the current trajectory. diffusers calls this at the end of each run of a pipeline."""
-        self.engine.finish()
-        self.tracker.reset()
+        """Forget the trajectory of the pipeline that calls. diffusers does so at the end of each run of a pipeline."""
+        schedulers = list(callers.schedulers())
+        for run in self.runs:
+            mine = run.scheduler in schedulers if schedulers else run.thread == threading.get_ident()
+            if mine:
+                self.runs.end(run)
         return module
+
+    def finish(self) -> None:
+        """End all trajectories."""
+        for run in self.runs:
+            self.runs.end(run)
+
+
+class _ContextOfThread(StateManager):
+    """What ``cache_context`` says, of each thread by itself."""
+
+    def __init__(self, *args: Any) -> None:
+        self._of_thread = threading.local()
+        super().__init__(*args)
+
+    @property
+    def _context(self) -> Any:
+        return getattr(self._of_thread, "context", None)
+
+    @_context.setter
+    def _context(self, context: Any) -> None:
+        self._of_thread.context = context
+
+
+def schedulers_of(pipeline: Any) -> list[Any]:
+    """A pipeline's own."""
+    names = [name for name in getattr(pipeline, "components", {}) if name.endswith("scheduler")]
+    found = [getattr(pipeline, name, None) for name in names]
+    return [scheduler for scheduler in found if callers.is_scheduler(scheduler)]
+
+
+def _runs_again() -> bool:
+    """Whether a backward pass is under way in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def register(hook: TAPHook, module: nn.Module, name: str) -> None:
+    """Put the hook next to the module's own forward, inside of all other hooks of diffusers.
+
+    Predicted steps run that forward on a view of the module, and what others wrap is bound to the module itself.
+
+    Raises:
+        UnsupportedModelError: something else than a method of the module is its forward.
+    """
+    registry: Any = HookRegistry.check_if_exists_or_initialize(module)
+    references = registry._fn_refs
+    if not references:
+        unbound(module.forward, module)
+        registry.register_hook(hook, name)
+        return
+    inner = references[0]
+    place = "forward" if inner.original_forward is None else "original_forward"
+    innermost, outermost = getattr(inner, place), module.forward
+    unbound(innermost, module)
+    registry.register_hook(hook, name)
+    setattr(inner, place, module.forward)
+    module.forward = outermost
+    hook.fn_ref.original_forward = innermost
+    references.insert(0, references.pop())
+    registry._hook_order.insert(0, registry._hook_order.pop())
+
+
+def unregister(module: Any, name: str) -> None:
+    """Undo :func:`register`."""
+    registry = module._diffusers_hook
+    outer = registry._fn_refs[1:2] if registry._hook_order[0] == name else []
+    places = {place: getattr(reference, place) for reference in outer for place in ("forward", "original_forward")}
+    own = registry.hooks[name].fn_ref
+    registry.remove_hook(name, recurse=False)
+    for reference in outer:  # which diffusers gives another forward also where it keeps the original aside
+        place = "forward" if places["original_forward"] is None else "original_forward"
+        reference.forward = places["forward"]
+        setattr(reference, place, own.original_forward)
+
+
+def unbound(forward: Any, module: nn.Module) -> Callable[..., Any]:
+    """A module's own forward as a function of the module. Raises UnsupportedModelError where it can't be had."""
+    method = getattr(forward, "_torchdynamo_orig_callable", forward)  # module.forward = torch.compile(module.forward)
+    if ismethod(method) and method.__self__ is module:
+        return method.__func__
+    if isinstance(method, partial) and method.args[:1] == (module,):
+        return lambda model, *args, **kwargs: method.func(model, *method.args[1:], *args, **method.keywords | kwargs)
+    raise UnsupportedModelError(
+        f"the forward of this {type(module).__name__} has been replaced by {forward!r}, which is bound to it in a way"
+        " that TAP can't see through; call tap.enable(...) before that is done, or replace it by a method"
+    )
 
 
 @uncompiled

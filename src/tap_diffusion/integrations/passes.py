@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from tap_diffusion.compiling import uncompiled, uncompiled_itself
@@ -20,6 +20,9 @@ from tap_diffusion.integrations.models import TransformerSpec
 from tap_diffusion.ranks import Ranks
 from tap_diffusion.reporting import stopwatch
 from tap_diffusion.tracking import Call
+
+# Runs a transformer's own forward on it or on a view of it, without the arguments of these names.
+Forward = Callable[[nn.Module, Sequence[str]], Any]
 
 LARGEST_MOVE = 0.7  # of an output's norm, in hindsight; chosen on calibration samples (docs/beyond.md)
 
@@ -43,13 +46,13 @@ class Passes:
         self.engine = Engine(config, ranks)
 
     @uncompiled_itself
-    def run(self, depth: Depth, calls: Sequence[Call], forward: partial[Any], device: torch.device) -> Any:
+    def run(self, depth: Depth, calls: Sequence[Call], forward: Forward, device: torch.device) -> Any:
         """One pass.
 
         Args:
             depth: of the transformer.
             calls: where each part of the batch stands.
-            forward: the transformer's own forward, bound to its arguments.
+            forward: the transformer's own, bound to its arguments.
             device: to take the time on.
         """
         stop = stopwatch(device)
@@ -69,7 +72,7 @@ class Passes:
         return output
 
     @uncompiled_itself
-    def _run_corrected(self, depth: Depth, calls: Sequence[Call], forward: partial[Any]) -> Any:
+    def _run_corrected(self, depth: Depth, calls: Sequence[Call], forward: Forward) -> Any:
         """Run the model in full, and make up for errors of the predicted steps before, which can be seen now."""
         shares = [self.engine.hindsight(call) for call in calls]
         if not all(shares):
@@ -78,34 +81,43 @@ class Passes:
         output = self._run_in_full(depth, calls, forward)
         return output if reason is not None else _moved(output, predicted, shares)
 
-    def _run_in_full(self, depth: Depth, calls: Sequence[Call], forward: partial[Any]) -> Any:
+    def _run_in_full(self, depth: Depth, calls: Sequence[Call], forward: Forward) -> Any:
         """Run the model's own forward and record probe features and residuals."""
         if not self.engine.config.predicts:
-            return forward()
+            return forward(depth.module, ())
         self.engine.park()
-        before: dict[str, tuple[Tensor, Tensor | None]] = {}
+        before: Streams = {}
+        probes: Streams = {}
 
-        def enter(arguments: dict[str, Any], output: Any) -> None:
-            probes = self._probes(depth, arguments, output) if self.engine.needs_probe else {}
+        @torch.no_grad()
+        def enter(arguments: dict[str, Any]) -> None:
             for name, x in self._streams(depth.split(arguments)).items():
-                before[name] = x, probes.get(name)
+                before[name] = x.clone()  # some blocks write into their input
+            if self.engine.needs_probe and self._by_modulated_input:
+                probes.update(self._modulated_input(depth, arguments))
 
+        @torch.no_grad()
+        def entered(arguments: dict[str, Any], output: Any) -> None:
+            if self.engine.needs_probe and not self._by_modulated_input:
+                probes.update(self._change(depth, before, output))
+
+        @torch.no_grad()
         def leave(stream: str, after: Tensor) -> None:
-            x, h = before.pop(stream, (None, None))
+            x, h = before.pop(stream, None), probes.get(stream)
             if x is None or after.numel() != x.numel():
                 return  # there is no anchor, and what follows runs in full
             count = len(calls)
             befores = self._tokens(x).chunk(count)
             afters = self._tokens(after.reshape(x.shape)).chunk(count)
             # Copies of parts, so that a history which is dropped doesn't live on as a part of another's.
-            probes = [h] * count if h is None or count == 1 else [part.clone() for part in h.chunk(count)]
-            for call, a, b, probe in zip(calls, befores, afters, probes, strict=True):
+            hs = [h] * count if h is None or count == 1 else [part.clone() for part in h.chunk(count)]
+            for call, a, b, probe in zip(calls, befores, afters, hs, strict=True):
                 self.engine.record(call, a, b, probe, stream)
 
         unread = self._unread(calls)
         unread.clear()
-        with depth.watched(enter, leave, unread):
-            return forward()
+        with depth.watched(enter, entered, leave, unread):
+            return forward(depth.module, ())
 
     def _unread(self, calls: Sequence[Call]) -> StandIns:
         """Where stand-ins for unread submodules are kept; none are where the first block, run as probe, reads them, or
@@ -118,7 +130,7 @@ class Passes:
         """Whether this is the probe, and not what the first block adds."""
         return self.spec.probe and self.engine.config.probe == "modulated_input"
 
-    def _predict(self, depth: Depth, calls: Sequence[Call], forward: partial[Any]) -> tuple[Any, str | None]:
+    def _predict(self, depth: Depth, calls: Sequence[Call], forward: Forward) -> tuple[Any, str | None]:
         """Run the model's own forward with its depth left out.
 
         Returns:
@@ -133,6 +145,7 @@ class Passes:
             probes: Streams = {}
             for name, x in self._streams(depth.split(arguments)).items():
 
+                @torch.no_grad()
                 def probe(i: int, name: str = name) -> Tensor:
                     if not probes:
                         probes.update(self._probes(depth, arguments))
@@ -150,24 +163,30 @@ class Passes:
             reason = None
             return predicted
 
-        without = {name: None for name in self.spec.full_only if name in forward.keywords}
-        with depth.left_out(predict, self._unread(calls)):
-            output = forward(**without)
+        with depth.left_out(predict, self._unread(calls)) as view:
+            output = forward(view, self.spec.full_only)
         return output, reason
 
-    def _probes(self, depth: Depth, arguments: dict[str, Any], output: Any = None) -> Streams:
-        """Probe features h of each stream, (B, N, D'); the first block's output is computed where it is not given."""
+    def _probes(self, depth: Depth, arguments: dict[str, Any]) -> Streams:
+        """Probe features h of each stream, (B, N, D'), computed beside the model's own pass."""
         if self._by_modulated_input:
-            name = self.spec.streams[0].argument
-            h, x = _flat(depth.attention_input(arguments)), self._tokens(depth.split(arguments)[name])
-            if h.shape[:2] != x.shape[:2]:
-                raise UnsupportedModelError(
-                    f"{type(depth.module).__name__}: the probe has {tuple(h.shape[:2])} tokens and the stream"
-                    f" {tuple(x.shape[:2])}; use TAPConfig(probe='first_block')"
-                )
-            return {name: h}
-        after = depth.streams_of(depth.first(**arguments) if output is None else output)
-        return {name: self._tokens(after[name] - x) for name, x in self._streams(depth.split(arguments)).items()}
+            return self._modulated_input(depth, arguments)
+        return self._change(depth, self._streams(depth.split(arguments)), depth.first_output(arguments))
+
+    def _modulated_input(self, depth: Depth, arguments: dict[str, Any]) -> Streams:
+        name = self.spec.streams[0].argument
+        h, x = _flat(depth.attention_input(arguments)), self._tokens(depth.split(arguments)[name])
+        if h.shape[:2] != x.shape[:2]:
+            raise UnsupportedModelError(
+                f"{type(depth.module).__name__}: the probe has {tuple(h.shape[:2])} tokens and the stream"
+                f" {tuple(x.shape[:2])}; use TAPConfig(probe='first_block')"
+            )
+        return {name: h}
+
+    def _change(self, depth: Depth, before: Streams, output: Any) -> Streams:
+        """What the first block adds to each stream."""
+        after = depth.streams_of(output)
+        return {name: self._tokens(after[name] - x) for name, x in before.items()}
 
     def _streams(self, arguments: dict[str, Any]) -> Streams:
         """What enters the first block, without streams that this call leaves out (video without sound)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from tap_diffusion.config import TAPConfig
 from tap_diffusion.engine import Engine
 from tap_diffusion.integrations.api import enabled, hooks, transformers
+from tap_diffusion.integrations.hook import unbound
 from tap_diffusion.tracking import Call
 
 PARTS = ("embedders", "probe", "selection", "head", "rest")  # of a predicted call
@@ -82,7 +84,7 @@ def watched(pipe: Any, config: TAPConfig, watcher: Watcher) -> Iterator[WatchedE
         for transformer, hook in zip(transformers(pipe), hooks(pipe), strict=True):
             engine = hook.engine = WatchedEngine(config, watcher)
             original = hook.fn_ref.original_forward
-            hook.fn_ref.original_forward = _inside(original, watcher)
+            hook.fn_ref.original_forward = partial(_inside, transformer, unbound(original, transformer), watcher)
             stack.callback(setattr, hook.fn_ref, "original_forward", original)
 
             def end(module: nn.Module, args: Any, kwargs: Any, _: Any, engine: WatchedEngine = engine) -> None:
@@ -94,15 +96,12 @@ def watched(pipe: Any, config: TAPConfig, watcher: Watcher) -> Iterator[WatchedE
         yield engine
 
 
-def _inside(forward: Callable[..., Any], watcher: Watcher) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        watcher.enter("embedders")
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            watcher.enter("rest")
-
-    return run
+def _inside(model: nn.Module, forward: Callable[..., Any], watcher: Watcher, *args: Any, **kwargs: Any) -> Any:
+    watcher.enter("embedders")
+    try:
+        return forward(model, *args, **kwargs)
+    finally:
+        watcher.enter("rest")
 
 
 @contextmanager
