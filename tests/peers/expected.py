@@ -33,11 +33,13 @@ EXPECTED = (
     Expected(r"::test_correct_class_remapping_from_pretrained_config$", ANY, HUB_FILES),
     Expected(r"/test_cogvideox(_fun_control|_image2video)?\.py::.*::test_inference$", ANY, HUB_NUMBERS),
     Expected(r"pipelines/hunyuan_video/.*::test_inference$", ANY, HUB_NUMBERS),
+    Expected(r"pipelines/wan/test_wan_22\.py::.*::test_inference$", ANY, HUB_NUMBERS),
     Expected(r"pipelines/stable_diffusion_3/.*::test_inference$", ANY, HUB_NUMBERS),
-    Expected(r"pipelines/pixart_\w+/.*::test_inference(_non_square|_with_multiple)?\w*$", ANY, HUB_NUMBERS),
+    Expected(r"pipelines/pixart_\w+/.*::test_inference(_non_square_images)?$", ANY, HUB_NUMBERS),
+    Expected(r"::PixArt\w+::test_inference_with_multiple_images_per_prompt$", ANY, HUB_NUMBERS),
     Expected(r"/test_cogvideox_fun_control\.py::.*::test_vae_tiling$", ANY, OUTSIDE),
     Expected(r"::test_\w+_(cache|broadcast)_(inference|layers|state|context_manager)$", TAP, OTHER_CACHE),
-    Expected(r"::test_\w+_reset_stateful_cache$", TAP, OTHER_CACHE),
+    Expected(r"::test_\w+_(reset_stateful_cache|cache_basic_warning_or_errors_raised)$", TAP, OTHER_CACHE),
     Expected(r"pipelines/qwenimage/test_qwenimage_edit.*::test_(?!pipeline_call_signature)", ANY, NO_TORCHVISION),
 )
 
