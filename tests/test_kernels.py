@@ -146,6 +146,7 @@ def check(of: Scene, found: Prediction, loss: Loss, granularity: Granularity = "
     torch.testing.assert_close(
         found.hidden_states.double(), exact_prediction(of, found.choice), rtol=precision, atol=precision
     )
+    torch.testing.assert_close(found.errors.double(), exact_losses(of, "l2").amin(0), rtol=1e-4, atol=1e-4)
     assert found.doubt.dtype == torch.bool
     assert not found.doubt
 
@@ -231,6 +232,17 @@ def test_gram_matrix(form: str, dtype: torch.dtype) -> None:
         gram = kernels.gram_matrix([d if form == TORCH else d.to(DEVICE) for d in differences])
     exact = torch.einsum("ibnd,jbnd->bnij", *2 * [torch.stack(differences).double()])
     torch.testing.assert_close(gram.cpu().double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, "l1"])
+@pytest.mark.parametrize("form", FORMS)
+def test_errors_alone(form: str, loss: Loss) -> None:
+    of = scene(width=33, candidates=4)
+    there = of if form == TORCH else of.with_views(lambda t: t.to(DEVICE))
+    with using(form):
+        gram = None if loss == "l1" else kernels.gram_matrix(there.differences)
+        errors = kernels.errors(there.h, there.differences, gram, of.coefficients, loss)
+    torch.testing.assert_close(errors.cpu(), of.predict(form, loss).errors, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -581,9 +593,10 @@ def test_nothing_waits_for_a_gpu(form: str, choose: Granularity) -> None:
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_true_sizes_on_a_gpu(dtype: torch.dtype) -> None:
-    x, h, past, gram, residuals, coefficients = benchmark.arguments(benchmark.SIZES["flux"], 11, dtype, DEVICE)
+    inputs = benchmark.arguments(benchmark.SIZES["flux"], 11, dtype, DEVICE)
+    x, h, past, gram, residuals, coefficients = inputs
     found = kernels.predict(x, h, past, gram, residuals, coefficients, "cosine")
-    expected = benchmark.reference(x, h, past, gram, residuals, coefficients)
+    expected = benchmark.reference(*inputs)
     same = found.choice == expected[1]
     assert same.float().mean() > 0.999
     torch.testing.assert_close(
@@ -604,8 +617,9 @@ def test_benchmark(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     rows = {row["form"]: row for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
     assert set(rows) == {"copy", "reference", "torch"}
-    # x, h, three of each history, the result: 9 tensors in bfloat16; a float32 gram matrix and a byte for each token.
-    assert rows["torch"]["bytes"] == 2 * 5 * (9 * 16 * 2 + 3 * 3 * 4 + 1)
+    # x, h, three of each history, the result: 9 tensors in bfloat16; a float32 gram matrix, a byte and a float32
+    # error for each token.
+    assert rows["torch"]["bytes"] == 2 * 5 * (9 * 16 * 2 + 3 * 3 * 4 + 1 + 4)
     assert rows["copy"]["of_copy"] == 1
     wrong = CliRunner().invoke(app, ["--size", "huge"])
     assert wrong.exit_code == 2

@@ -8,6 +8,7 @@ import inspect
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -44,32 +45,36 @@ def made(kind: Any, count: int = STEPS, setting: dict[str, Any] | None = None, *
 
 # ------------------------------------------------------------------------------------------------------ every scheduler
 
-# What a model predicts for them as they come, or that their steps are random, which leaves it open.
-READ: dict[str, tuple[str | None, dict[str, Any]]] = {
+# What a model predicts for them as they come.
+READ: dict[str, tuple[str, dict[str, Any]]] = {
     "CogVideoXDDIMScheduler": ("epsilon", {}),
-    "CogVideoXDPMScheduler": (None, {}),
+    "CogVideoXDPMScheduler": ("epsilon", {}),
     "DDIMParallelScheduler": ("epsilon", {}),
     "DDIMScheduler": ("epsilon", {}),
-    "DDPMParallelScheduler": (None, {}),
-    "DDPMScheduler": (None, {}),
+    "DDPMParallelScheduler": ("epsilon", {}),
+    "DDPMScheduler": ("epsilon", {}),
     "DEISMultistepScheduler": ("epsilon", {}),
     "DPMSolverMultistepScheduler": ("epsilon", {}),
     "DPMSolverSinglestepScheduler": ("epsilon", {}),
     "EDMDPMSolverMultistepScheduler": ("v_prediction", {}),  # behind its preconditioning (Karras et al., table 1)
     "EDMEulerScheduler": ("v_prediction", {}),
-    "EulerAncestralDiscreteScheduler": (None, {}),
+    "EulerAncestralDiscreteScheduler": ("epsilon", {}),
     "EulerDiscreteScheduler": ("epsilon", {}),
     "FlowMapEulerDiscreteScheduler": ("flow", {}),
     "FlowMatchEulerDiscreteScheduler": ("flow", {}),
-    "FlowMatchLCMScheduler": (None, {}),
+    "FlowMatchLCMScheduler": ("flow", {}),
     "HeliosScheduler": ("flow", {"stage_index": 0}),
-    "LCMScheduler": (None, {}),
-    "LTXEulerAncestralRFScheduler": (None, {}),
+    "LCMScheduler": ("epsilon", {}),
+    "LTXEulerAncestralRFScheduler": ("flow", {}),
     "MiniMaxH3Scheduler": ("flow", {}),  # of x₀ - ε
-    "SASolverScheduler": (None, {}),
-    "TCDScheduler": (None, {}),
+    "SASolverScheduler": ("epsilon", {}),
+    "TCDScheduler": ("epsilon", {}),
     "UniPCMultistepScheduler": ("epsilon", {}),
 }
+RANDOM = {
+    "CogVideoXDPMScheduler", "DDPMParallelScheduler", "DDPMScheduler", "EulerAncestralDiscreteScheduler",
+    "FlowMatchLCMScheduler", "LCMScheduler", "LTXEulerAncestralRFScheduler", "SASolverScheduler", "TCDScheduler",
+}  # fmt: skip
 # Those that are read as something without a timeline: by which words, and whether their steps are random.
 UNREAD: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "BlockRefinementScheduler": ("does not tell a noise", False, {}),  # of discrete tokens
@@ -119,7 +124,8 @@ def test_every_scheduler_of_diffusers(name: str) -> None:
         reading = read(made(kind, setting=setting), 0)
         assert reading.unread is None
         assert reading.timeline is not None
-        assert (reading.timeline.prediction, reading.fresh_noise) == (prediction, prediction is None)
+        assert (reading.timeline.prediction, reading.fresh_noise) == (prediction, name in RANDOM)
+        assert reading.timeline.fresh_noise == (name if name in RANDOM else None)
         assert all(a > b > 0 for a, b in pairwise(reading.timeline.noise))
         assert len(reading.timeline) == (STEPS if name != "MiniMaxH3Scheduler" else STEPS - 1)
     else:
@@ -162,7 +168,7 @@ Flow, DDIM, DPM, UniPC = (
 )  # fmt: skip
 AS_FLOW: dict[str, Any] = dict(use_flow_sigmas=True, prediction_type="flow_prediction")
 NO_SIGNAL: dict[str, Any] = dict(rescale_betas_zero_snr=True, timestep_spacing="trailing")
-CLOSED: dict[str, tuple[Callable[[], Any], Callable[[Any], Tensor], str | None]] = {
+CLOSED: dict[str, tuple[Callable[[], Any], Callable[[Any], Tensor], str]] = {
     "flow": (lambda: made(Flow), of_flow, "flow"),
     "shifted": (lambda: made(Flow, shift=3.0), of_flow, "flow"),
     "dynamic": (lambda: made(Flow, setting={"mu": 1.15}, use_dynamic_shifting=True), of_flow, "flow"),
@@ -170,7 +176,7 @@ CLOSED: dict[str, tuple[Callable[[], Any], Callable[[Any], Tensor], str | None]]
     "flow exponential": (lambda: made(Flow, use_exponential_sigmas=True), of_flow, "flow"),
     "flow that ends early": (lambda: made(Flow, shift_terminal=0.1), of_flow, "flow"),
     "flow by hand": (lambda: made(Flow, 3, {"sigmas": [0.9, 0.4, 0.1]}), of_flow, "flow"),
-    "flow, random": (lambda: made(Flow, stochastic_sampling=True), of_flow, None),
+    "flow, random": (lambda: made(Flow, stochastic_sampling=True), of_flow, "flow"),
     "ddim": (lambda: made(DDIM), of_preserving, "epsilon"),
     "ddim of SD": (
         lambda: made(DDIM, beta_schedule="scaled_linear", set_alpha_to_one=False, steps_offset=1),
@@ -179,8 +185,8 @@ CLOSED: dict[str, tuple[Callable[[], Any], Callable[[Any], Tensor], str | None]]
     ),
     "ddim v": (lambda: made(DDIM, prediction_type="v_prediction", **NO_SIGNAL), of_preserving, "v_prediction"),
     "ddim sample": (lambda: made(DDIM, prediction_type="sample", clip_sample=False), of_preserving, "sample"),
-    "ddpm": (lambda: made(DDPMScheduler), of_preserving, None),
-    "ddpm large": (lambda: made(DDPMScheduler, variance_type="fixed_large"), of_preserving, None),
+    "ddpm": (lambda: made(DDPMScheduler), of_preserving, "epsilon"),
+    "ddpm large": (lambda: made(DDPMScheduler, variance_type="fixed_large"), of_preserving, "epsilon"),
     "dpm": (lambda: made(DPM), of_exploding, "epsilon"),
     "dpm 3": (lambda: made(DPM, solver_order=3), of_exploding, "epsilon"),
     "dpm flow": (lambda: made(DPM, **AS_FLOW, flow_shift=3.0), of_flow, "flow"),
@@ -191,8 +197,8 @@ CLOSED: dict[str, tuple[Callable[[], Any], Callable[[Any], Tensor], str | None]]
         lambda: made(DPM, algorithm_type="dpmsolver", final_sigmas_type="sigma_min"), of_exploding, "epsilon"
     ),
     "dpm v": (lambda: made(DPM, prediction_type="v_prediction"), of_exploding, "v_prediction"),
-    "dpm sde": (lambda: made(DPM, algorithm_type="sde-dpmsolver++"), of_exploding, None),
-    "dpm sde flow": (lambda: made(DPM, algorithm_type="sde-dpmsolver++", **AS_FLOW), of_flow, None),
+    "dpm sde": (lambda: made(DPM, algorithm_type="sde-dpmsolver++"), of_exploding, "epsilon"),
+    "dpm sde flow": (lambda: made(DPM, algorithm_type="sde-dpmsolver++", **AS_FLOW), of_flow, "flow"),
     "unipc": (lambda: made(UniPC), of_exploding, "epsilon"),
     "unipc flow": (lambda: made(UniPC, **AS_FLOW, flow_shift=5.0), of_flow, "flow"),
     "deis flow": (lambda: made(diffusers.DEISMultistepScheduler, **AS_FLOW), of_flow, "flow"),
@@ -203,7 +209,7 @@ CLOSED: dict[str, tuple[Callable[[], Any], Callable[[Any], Tensor], str | None]]
     ),
     "euler sample": (lambda: made(EulerDiscreteScheduler, prediction_type="sample"), of_exploding, "sample"),
     "euler to σ min": (lambda: made(EulerDiscreteScheduler, final_sigmas_type="sigma_min"), of_exploding, "epsilon"),
-    "ancestral": (lambda: made(diffusers.EulerAncestralDiscreteScheduler), of_exploding, None),
+    "ancestral": (lambda: made(diffusers.EulerAncestralDiscreteScheduler), of_exploding, "epsilon"),
     "edm": (lambda: made(diffusers.EDMEulerScheduler), of_edm, "v_prediction"),
     "cosmos": (
         lambda: made(
@@ -218,10 +224,17 @@ CLOSED: dict[str, tuple[Callable[[], Any], Callable[[Any], Tensor], str | None]]
         "v_prediction",
     ),
     "cogvideox 5b": (
-        lambda: made(diffusers.CogVideoXDPMScheduler, prediction_type="v_prediction", **NO_SIGNAL), of_preserving, None
+        lambda: made(diffusers.CogVideoXDPMScheduler, prediction_type="v_prediction", **NO_SIGNAL),
+        of_preserving,
+        "v_prediction",
     ),
-    "ltx": (lambda: made(diffusers.LTXEulerAncestralRFScheduler), of_flow, None),
+    "ltx": (lambda: made(diffusers.LTXEulerAncestralRFScheduler), of_flow, "flow"),
     "helios": (lambda: made(diffusers.HeliosScheduler, stages=1), of_flow, "flow"),
+}  # fmt: skip
+
+
+RANDOM_CASES = {
+    "flow, random", "ddpm", "ddpm large", "dpm sde", "dpm sde flow", "ancestral", "cogvideox 5b", "ltx"
 }  # fmt: skip
 
 
@@ -234,7 +247,7 @@ def test_noise_and_prediction_in_closed_form(case: str) -> None:
     torch.testing.assert_close(
         torch.tensor(reading.timeline.noise, dtype=torch.float64), noise(scheduler), rtol=1e-6, atol=0
     )
-    assert (reading.timeline.prediction, reading.fresh_noise) == (prediction, prediction is None)
+    assert (reading.timeline.prediction, reading.fresh_noise) == (prediction, case in RANDOM_CASES)
 
 
 @pytest.mark.parametrize("case", ["shifted", "ddim", "dpm flow", "unipc", "euler", "edm", "ddpm", "dpm sde flow"])
@@ -280,7 +293,24 @@ def test_eta_makes_ddim_random() -> None:
     reading = read(scheduler, 0, {"eta": 1.0, "generator": torch.Generator().manual_seed(0)})
     assert reading.fresh_noise
     assert reading.timeline is not None
-    assert reading.timeline.prediction is None
+    assert reading.timeline.prediction == "epsilon"
+
+
+def test_how_much_of_the_noise_is_kept() -> None:
+    """DDIM with η: √(1 - ᾱ' - s²) of √(1 - ᾱ'), s being η √((1 - ᾱ') / (1 - ᾱ)) √(1 - ᾱ / ᾱ') (arXiv 2010.02502)."""
+    scheduler = made(DDIM)
+    after = scheduler.alphas_cumprod[scheduler.timesteps[1:]].double()
+    before = scheduler.alphas_cumprod[scheduler.timesteps[:-1]].double()
+    for eta in (0.3, 1.0):
+        fresh = eta**2 * (1 - after) / (1 - before) * (1 - before / after)
+        known = timeline(scheduler, 0, {"eta": eta})
+        assert known is not None
+        assert known.kept == pytest.approx(float((1 - fresh / (1 - after)).sqrt().median()), abs=0.05)
+    assert timeline(scheduler, 0).kept == 1  # type: ignore[union-attr]
+    for kind in (lambda: made(Flow, stochastic_sampling=True), lambda: made(diffusers.LCMScheduler)):
+        known = timeline(kind(), 0)
+        assert known is not None
+        assert abs(known.kept) < 0.2
 
 
 def test_churn_makes_euler_random() -> None:
@@ -332,13 +362,30 @@ class Bare:
         return (sample - self.sign * self.drop / 1000 * model_output,)
 
 
+class WithEta(DDIMScheduler):
+    """Random by itself, from the global random numbers, and takes no generator by name."""
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        return super().step(*args, eta=1.0, **kwargs)
+
+
 def same(reading: Reading, other: Reading) -> bool:
-    return reading == other and reading.timeline is not None
+    """But for the scheduler's class."""
+    if reading.timeline is None or other.timeline is None:
+        return False
+    timelines = [
+        replace(known, fresh_noise=known.fresh_noise and "any") for known in (reading.timeline, other.timeline)
+    ]
+    return timelines[0] == timelines[1] and reading.fresh_noise == other.fresh_noise
 
 
 def test_an_unchanged_subclass_reads_as_what_it_is() -> None:
     assert same(read(made(Anything, shift=3.0), 0), read(made(Flow, shift=3.0), 0))
     assert same(read(made(FlowMatchOfNoise), 0), read(made(DDIM), 0))
+
+
+def test_a_subclass_that_is_random_reads_as_such() -> None:
+    assert same(read(made(WithEta), 0), read(made(DDIM), 0, {"eta": 1.0}))
 
 
 @pytest.mark.parametrize("case", ["shifted", "dynamic", "ddim", "unipc", "dpm sde", "edm", "cogvideox 5b"])

@@ -190,7 +190,6 @@ def test_attention_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @FAMILIES
 def test_gradient_checkpointing(name: str) -> None:
     model, expected, case = build(name), accelerated(name), CASES[name]
-    model.train()
     model.enable_gradient_checkpointing()
     tap.enable(model, CONFIG)
     z, conditions = start(case), Conditions(100, 1, torch.float32)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tap_diffusion.kernels import gram_matrix
+from tap_diffusion.selection import mean_and_spread
 
 
 class History:
@@ -33,7 +34,9 @@ class History:
         self._residual: list[Tensor] = []
         self._parked: tuple[list[Tensor], list[Tensor]] | None = None  # copies of both in host memory
         self._gram: Tensor | None = None
+        self._mean_and_spread: tuple[Tensor, Tensor] | None = None
         self._kind: tuple[object, ...] = ()
+        self.judged: tuple[float, Tensor] | None = None  # whether the probe at a time after the anchors is unexplained
 
     def add(self, time: float, residual: Tensor, probe: Tensor | None) -> None:
         """Make the features at ``time`` the newest anchor.
@@ -50,7 +53,7 @@ class History:
             self._probe = self._advance(self.probe, probe, span)
         self._residual, self._parked = advanced, None
         self.times = [time, *self.times][: self.capacity]
-        self._gram = None
+        self._gram = self._mean_and_spread = self.judged = None
 
     @property
     def probe(self) -> list[Tensor]:
@@ -92,6 +95,21 @@ class History:
             self._gram = gram_matrix(self.probe)
         return self._gram
 
+    @property
+    def mean(self) -> Tensor:
+        """Mean token of the newest anchor's probe, (B, D'); computed once per anchor, as the spread is."""
+        return self._about_mean()[0]
+
+    @property
+    def spread(self) -> Tensor:
+        """Sum of the squared distances of its tokens from the mean token, (B,)."""
+        return self._about_mean()[1]
+
+    def _about_mean(self) -> tuple[Tensor, Tensor]:
+        if self._mean_and_spread is None:
+            self._mean_and_spread = mean_and_spread(self.probe[0])
+        return self._mean_and_spread
+
     def fits(self, hidden_states: Tensor) -> bool:
         """Whether there is an anchor, of the shape, dtype and device of ``hidden_states``."""
         return bool(self.times) and self._kind == _kind(hidden_states)
@@ -100,6 +118,7 @@ class History:
     def nbytes(self) -> int:
         """Bytes of all tensors held, but for those in host memory alone."""
         tensors = [*self._probe, *self._residual, *([] if self._gram is None else [self._gram])]
+        tensors += self._mean_and_spread or ()
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 

@@ -57,7 +57,9 @@ class TAPConfig:
             single order and ``horizon_span=0`` nothing is left to choose: a fixed predictor, and no probe runs.
         slopes: share of each candidate's extrapolation that is carried out, the rest being reuse of the newest anchor:
             1 all of it, as in the paper, 0 nothing. None: all, but with ``growing`` windows and fewer than ten full
-            steps a tenth for each (:attr:`Timeline.slopes <tap_diffusion.timeline.Timeline.slopes>`).
+            steps a tenth for each (:attr:`Timeline.slopes <tap_diffusion.timeline.Timeline.slopes>`), and nothing where
+            the scheduler adds fresh noise and the model does not predict noise
+            (:attr:`Timeline.reuses <tap_diffusion.timeline.Timeline.reuses>`).
         history: anchors to keep, for families that use more than the largest order plus one, which is the default.
             The cache grows with it, and so does rounding, since differences are kept: above 8 use
             ``cache_dtype="float32"``, which suffices up to about 14.

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tap_diffusion import kernels
+from tap_diffusion import kernels, selection
 from tap_diffusion.cache import History
 from tap_diffusion.compiling import uncompiled
 from tap_diffusion.config import TAPConfig
@@ -25,9 +25,13 @@ from tap_diffusion.predictors import Candidate, candidates, difference_matrix
 from tap_diffusion.ranks import Ranks
 from tap_diffusion.reporting import Choice, Report
 from tap_diffusion.schedule import FEWEST, plan
-from tap_diffusion.selection import all_finite, choose
+from tap_diffusion.selection import all_finite, choose, squared_distance, unexplained
 from tap_diffusion.timeline import Timeline
 from tap_diffusion.tracking import Call
+
+NOT_FINITE = "non-finite values"
+UNEXPLAINED = "the features match nothing seen before"
+DOUBTS = NOT_FINITE, UNEXPLAINED  # reasons, in the order in which flags are kept
 
 
 class Fallback(Exception):
@@ -50,7 +54,10 @@ class Engine:
         self._histories: dict[str, dict[str, History]] = {}  # of each branch, of each of its streams
         self._unread: dict[str, dict[Any, Any]] = {}
         self._doubts: dict[str, _LateFlag] = {}
+        self._awaited: dict[str, bool] = {}  # branches of which something was unexplained, whose flags are waited for
+        self._lost: dict[str, str] = {}  # why a branch that has run in full has no anchor
         self._seen: dict[str, int] = {}  # last step of each branch
+        self._calls: dict[str, list[tuple[int, bool, Callable[[], float]]]] = {}  # of each branch
         self._pending: list[Choice] = []  # of the call that is running
         self._timeline: Timeline | None = None
         self._steps: int | None = None
@@ -59,16 +66,14 @@ class Engine:
     @property
     def needs_probe(self) -> bool:
         """Whether full steps are to record probe features."""
-        return self.config.chooses
+        return self.config.chooses and not _reuses(self.config, self._timeline)
 
     # ------------------------------------------------------------------------------------------------- trajectories
 
     def reset(self) -> None:
         """Drop all that is remembered of the current trajectory, but not the report."""
-        self._histories.clear()
-        self._unread.clear()
-        self._doubts.clear()
-        self._seen.clear()
+        for memory in self._of_branches:
+            memory.clear()
         self._pending.clear()
         self._may_have_ended = False
 
@@ -80,14 +85,20 @@ class Engine:
             self.report = Report(trajectories=self.report.trajectories + 1)
             self._timeline, self._steps = call.timeline, call.steps
             self._even_clock()
+            self._warn_of_fresh_noise()
         self._pending.clear()
-        if call.branch in self._doubts and self._doubts[call.branch].is_raised():
-            self.fall_back(call, "non-finite values in a step before")
+        doubt = self._doubts.get(call.branch)
+        if doubt is not None and doubt.is_raised():
+            reason = doubt.reason
+            if reason == UNEXPLAINED:
+                # Where latents are moved at every step, each other step would be predicted from features of another.
+                self._awaited[call.branch] = True
+            self.fall_back(call, f"{reason}, noticed a step late")
             return True
         if plan(self.config, self._steps, self._timeline)(call.step):
             return True
         if call.branch not in self._histories:
-            self.fall_back(call, "no finite anchor" if call.branch in self._seen else "the branch has only just begun")
+            self.fall_back(call, self._lost.get(call.branch, "the branch has only just begun"))
             return True
         return False
 
@@ -100,7 +111,9 @@ class Engine:
     @uncompiled
     def end(self, call: Call, full: bool, milliseconds: Callable[[], float]) -> None:
         """Take note that a call has run; free its branch after the last step."""
-        self.report.calls.append((call.step, full, milliseconds))
+        taken = call.step, full, milliseconds
+        self.report.calls.append(taken)
+        self._calls.setdefault(call.branch, []).append(taken)
         if not full:
             self.report.choices += self._pending
             self._pending.clear()
@@ -118,8 +131,27 @@ class Engine:
     def forget(self, before: int) -> None:
         """Drop what is remembered of branches whose last call was before a step."""
         for branch in [branch for branch, step in self._seen.items() if step < before]:
-            for memory in (self._histories, self._unread, self._doubts, self._seen):
+            for memory in self._of_branches:
                 memory.pop(branch, None)
+
+    @property
+    def _of_branches(self) -> tuple[dict[str, Any], ...]:
+        """All that is remembered of each branch."""
+        return (
+            self._histories, self._unread, self._doubts, self._awaited, self._lost, self._seen, self._calls,
+        )  # fmt: skip
+
+    def take(self, other: Engine, branch: str, name: str) -> None:
+        """Go on with a branch of another engine's trajectory, as a trajectory of its own with a branch of this name."""
+        self.finish()
+        for mine, theirs in zip(self._of_branches, other._of_branches, strict=True):
+            if branch in theirs:
+                mine[name] = theirs.pop(branch)
+        calls = self._calls.get(name, [])
+        self.report = Report(trajectories=self.report.trajectories + 1, calls=list(calls))
+        moved = set(map(id, calls))
+        other.report.calls = [call for call in other.report.calls if id(call) not in moved]
+        self._timeline, self._steps, self._may_have_ended = other._timeline, other._steps, True
 
     def finish(self) -> None:
         """End the current trajectory, whether or not its last step was seen."""
@@ -131,8 +163,13 @@ class Engine:
     def fall_back(self, call: Call, reason: str) -> None:
         """Count a call that was to be predicted and has to be run in full; distrust the history that led to it."""
         self.report.fallbacks[reason] += 1
-        self._histories.pop(call.branch, None)
+        self.lose(call, reason)
         self._doubts.pop(call.branch, None)
+
+    def lose(self, call: Call, reason: str) -> None:
+        """Take note that a full call left no anchor, or not one for each stream, and why."""
+        self._histories.pop(call.branch, None)
+        self._lost[call.branch] = reason
 
     def _warn_if_without_effect(self) -> None:
         report, config = self.report, self.config
@@ -153,6 +190,23 @@ class Engine:
                 f" {config.warmup + 1}. Use more steps or a smaller warmup"
             )
         warnings.warn(f"TAP predicted no step of this trajectory: {reason}.", TAPWarning, stacklevel=2)
+
+    def _warn_of_fresh_noise(self) -> None:
+        timeline, config = self._timeline, self.config
+        if timeline is None or timeline.fresh_noise is None or not config.predicts:
+            return
+        if _reuses(config, timeline) and config.orders != (0,):
+            effect = "TAP reuses the residual of the last full step instead of extrapolating it"
+        elif config.hindsight:
+            effect = "TAP's full steps do not correct the predictions before them"
+        else:
+            return
+        warnings.warn(
+            f"{timeline.fresh_noise} adds fresh noise at each step, so {effect}. A deterministic solver comes closer to"
+            " what the plain model draws, in the same time.",
+            TAPWarning,
+            stacklevel=2,
+        )
 
     @property
     def holds_anchors(self) -> bool:
@@ -195,15 +249,20 @@ class Engine:
         if not any(other.times[0] == call.step for other in streams.values()):
             self._doubts.pop(call.branch, None)  # from before this step
         doubt = self._ranks.any(~_finite(residual, probe))
-        if self.checks_late(residual):
-            self._flag(call, doubt)
+        late = self._is_late(call, residual)
+        history = streams.get(stream)
+        if history is not None and not history.fits(residual):
+            history = None
+        lost = self._is_unexplained_anchor(call, probe, history, late)
+        if late:
+            self._flag(call, doubt, lost)
             residual, probe = _with_zeros(residual), None if probe is None else _with_zeros(probe)
         elif doubt:
             # No anchor rather than a bad one. The steps up to the next full one then have none and run in full.
-            self._histories.pop(call.branch, None)
+            self.lose(call, "non-finite values in the last full step")
             return
-        history = streams.get(stream)
-        if history is None or not history.fits(residual):
+        if history is None or (lost is not None and not late and lost):
+            # Differences to anchors of something else would spoil the next predictions.
             history = streams[stream] = History(self.config.anchors, _dtype(self.config.cache_dtype))
         history.add(call.step, residual, probe)
 
@@ -225,38 +284,72 @@ class Engine:
 
         Args:
             hidden_states: x, before the first block, (B, N, D).
-            probe: computes the probe features now, (B, N, D'); not called where there is one candidate.
+            probe: computes the probe features now, (B, N, D'); not called where nothing is ever to choose.
             stream: as in :meth:`record`.
 
         Returns:
             x + r̂, (B, N, D) in the dtype of x.
 
         Raises:
-            Fallback: the shape, dtype or device changed, or a value is not finite.
+            Fallback: the shape, dtype or device changed, a value is not finite, or no candidate explains the probe
+                (:func:`~tap_diffusion.selection.unexplained`).
         """
         history = self._histories[call.branch].get(stream)
         if history is None:
-            raise Fallback("no finite anchor")
+            raise Fallback("the last full step had no such stream of tokens")
         if not history.fits(hidden_states):
             raise Fallback("the shape, dtype or device of the hidden states changed")
         members, coefficients = self._candidates(tuple(history.times), call.step)
-        late = self.checks_late(hidden_states)
-        if len(members) == 1:
+        late = self._is_late(call, hidden_states)
+        if not self.needs_probe:
             result, doubt = kernels.combine(hidden_states, history.residual, coefficients, mend=late)
             self._trust(call, doubt, late)
             return result
         loss, h = self.config.loss, self._sketched(probe())
+        if len(members) == 1:  # only so far: nothing to choose, but to check
+            result, doubt = kernels.combine(hidden_states, history.residual, coefficients, mend=late)
+            errors = selection.proxy_losses(h, history.probe, coefficients, "l2")[0]
+            self._trust(call, doubt | ~_finite(h), late, self._is_unexplained(call, h, errors, history, late))
+            return result
         gram = None if loss == "l1" else history.gram
         # What a subclass makes of the losses, or what other ranks have to hear of, can't be fused with them.
         alone = self.config.granularity == "token" or not self._ranks.several
         fused = alone and type(self)._choose is Engine._choose
-        result, choice, doubt = kernels.predict(
+        result, choice, errors, doubt = kernels.predict(
             hidden_states, h, history.probe, gram, history.residual, coefficients, loss,
             self.config.granularity if fused else self._choose, mend=late,
         )  # fmt: skip
-        self._trust(call, doubt, late)
+        self._trust(call, doubt, late, self._is_unexplained(call, h, errors, history, late))
         self._pending.append(Choice(call.step, call.branch, members, choice))
         return result
+
+    def _is_unexplained(self, call: Call, h: Tensor, errors: Tensor, history: History, late: bool) -> Tensor:
+        """Whether the past explains nothing of a sample; one of them makes the step full for the whole batch.
+
+        Args:
+            h: probe features now, (B, N, D').
+            errors: of their best candidates, (B, N).
+        """
+        error, spread = self._ranks.total(torch.stack([errors.sum(-1), history.spread]))
+        lost = (error > spread).any()
+        if late or lost:  # else nobody has to know the other distance
+            lost = unexplained(error, self._ranks.total(squared_distance(h, history.mean)), spread).any()
+        history.judged = call.step, lost
+        return lost
+
+    def _is_unexplained_anchor(
+        self, call: Call, probe: Tensor | None, history: History | None, late: bool
+    ) -> Tensor | None:
+        """The same of the probe of a full step, before it becomes an anchor; None where nobody can tell."""
+        if probe is None or history is None or not self.needs_probe:
+            return None
+        if history.judged is not None and history.judged[0] == call.step:  # hindsight has asked
+            return history.judged[1]
+        _, coefficients = self._candidates(tuple(history.times), call.step)
+        loss = self.config.loss
+        gram = None if loss == "l1" else history.gram
+        errors = kernels.errors(probe, history.probe, gram, coefficients, loss)
+        return self._is_unexplained(call, probe, errors, history, late)
 
     def _sketched(self, probe: Tensor) -> Tensor:
         """The channels of probe features (B, N, D') that are looked at; a copy, so that the others are not kept."""
@@ -282,19 +375,29 @@ class Engine:
             result = torch.where(result.isfinite(), result, (hidden_states + history.residual[0]).to(result.dtype))
         return result
 
-    def _trust(self, call: Call, doubt: Tensor, late: bool) -> None:
-        """Raise Fallback where something is not finite; on a GPU one step late, so that nothing waits for it."""
+    def _trust(self, call: Call, doubt: Tensor, late: bool, lost: Tensor | None = None) -> None:
+        """Raise Fallback where something is not finite, or unexplained (``lost``).
+
+        On a GPU one step late, so that nothing waits for it.
+        """
         doubt = self._ranks.any(doubt)
         if late:
-            self._flag(call, doubt)
+            self._flag(call, doubt, lost)
         elif doubt:
-            raise Fallback("non-finite values")
+            raise Fallback(NOT_FINITE)
+        elif lost is not None and lost:
+            raise Fallback(UNEXPLAINED)
 
-    def _flag(self, call: Call, doubt: Tensor) -> None:
-        """Keep a doubt on a branch until it can be read without waiting."""
+    def _flag(self, call: Call, doubt: Tensor, lost: Tensor | None = None) -> None:
+        """Keep doubts on a branch until they can be read without waiting."""
+        doubts = torch.stack([doubt, torch.zeros_like(doubt) if lost is None else lost.to(doubt.device)])
         if call.branch in self._doubts:  # not arrived yet
-            doubt = doubt | self._doubts[call.branch].flag
-        self._doubts[call.branch] = _LateFlag(doubt, awaited=self._ranks.several)
+            doubts = doubts | self._doubts[call.branch].flag
+        self._doubts[call.branch] = _LateFlag(doubts, awaited=self._ranks.several)
+
+    def _is_late(self, call: Call, tensor: Tensor) -> bool:
+        """Whether doubts on this branch are read a step late."""
+        return self.checks_late(tensor) and call.branch not in self._awaited
 
     @staticmethod
     def checks_late(tensor: Tensor) -> bool:
@@ -317,11 +420,18 @@ def _coefficients(
         config.family, config.orders, config.horizon_span, config.horizon_step, at[:-1], at[-1]
     )
     slopes = config.slopes
-    if slopes is None:
+    if _reuses(config, timeline):
+        members, weights, slopes = members[:1], weights[:1], 0.0
+    elif slopes is None:
         slopes = timeline.slopes if timeline is not None and config.windows == "growing" else 1.0
     weights *= slopes
     weights[:, 0] += 1 - slopes
     return members, torch.from_numpy(np.linalg.solve(difference_matrix(times).T, weights.T).T)
+
+
+def _reuses(config: TAPConfig, timeline: Timeline | None) -> bool:
+    """Whether the newest residual is reused as it is, whatever orders there are."""
+    return config.slopes is None and timeline is not None and timeline.reuses
 
 
 def _dtype(name: str) -> torch.dtype | None:
@@ -329,10 +439,11 @@ def _dtype(name: str) -> torch.dtype | None:
 
 
 class _LateFlag:
-    """A flag on a GPU that is read without waiting: until it has arrived, it counts as not raised.
+    """Flags on a GPU that are read without waiting: until they have arrived, they count as not raised.
 
     Args:
-        awaited: wait for it after all, since it arrives sooner on some ranks than on others.
+        flag: one for each of :data:`DOUBTS`.
+        awaited: wait for them after all, since they arrive sooner on some ranks than on others.
     """
 
     def __init__(self, flag: Tensor, awaited: bool = False) -> None:
@@ -340,7 +451,7 @@ class _LateFlag:
         self._awaited = awaited
         self._arrived: Any = None
         if flag.is_cuda:
-            self._value = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._value = torch.empty(flag.shape, dtype=torch.bool, pin_memory=True)
             self._value.copy_(flag, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
@@ -350,7 +461,12 @@ class _LateFlag:
     def is_raised(self) -> bool:
         if self._awaited and self._arrived is not None:
             self._arrived.synchronize()
-        return (self._arrived is None or self._arrived.query()) and bool(self._value)
+        return (self._arrived is None or self._arrived.query()) and bool(self._value.any())
+
+    @property
+    def reason(self) -> str:
+        """The first that is raised."""
+        return DOUBTS[self._value.tolist().index(True)]
 
 
 def _with_zeros(features: Tensor) -> Tensor:

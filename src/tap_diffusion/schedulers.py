@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import median
 from typing import Any, get_args
 
 import numpy as np
@@ -34,7 +35,7 @@ class Reading:
 
     Attributes:
         timeline: the noise of the steps and what the model predicts; None where they can't be read.
-        fresh_noise: each step, or some, adds random noise. The timeline's prediction is then None.
+        fresh_noise: each step, or some, adds random noise.
         unread: why there is no timeline, as one sentence that begins with the scheduler's class. None where there is.
     """
 
@@ -159,12 +160,14 @@ class _Trial:
             falls = True
             for kind, sign in self._kinds(levels):
                 try:
-                    fresh = self._is_random(levels, kind, sign)
+                    kept = self._kept(levels, kind, sign)
                 except Exception as error:  # this kind may be what the solver can't take, such as ε at α = 0
                     self._raised = error
                     continue
-                if fresh is not None:
-                    return Reading(Timeline(levels.noise, None if fresh else kind), fresh, None)
+                if kept is not None:
+                    fresh = kept < 1
+                    known = Timeline(levels.noise, kind, fresh_noise=name if fresh else None, kept=kept)
+                    return Reading(known, fresh, None)
         if not falls:
             reason = "does not tell a noise that falls from step to step"
         elif self._raised is not None:
@@ -247,8 +250,8 @@ class _Trial:
         )
         return [(kind, sign) for sign in (1, -1) for kind in kinds]
 
-    def _is_random(self, levels: _Levels, kind: Prediction, sign: int) -> bool | None:
-        """Whether steps add noise, if this is what the model predicts; None if it is not."""
+    def _kept(self, levels: _Levels, kind: Prediction, sign: int) -> float | None:
+        """Correlation of each state's noise with the next one's, if the model predicts this; None if it does not."""
 
         def run(clean: Tensor, seed: int) -> Iterator[Tensor]:
             start = levels.alpha[0] * clean + levels.sigma[0] * _NOISE
@@ -258,7 +261,7 @@ class _Trial:
         reach = levels.alpha[0] + levels.sigma[0]
         for x, place in zip(run(_CLEAN, 0), places, strict=True):
             if place is None:
-                return False if _ends_well(x, levels) else None
+                return 1.0 if _ends_well(x, levels) else None
             alpha, sigma = place
             if not _near(x, alpha * _CLEAN + sigma * _NOISE, alpha + sigma, reach):
                 if not self._has_drawn():
@@ -266,7 +269,8 @@ class _Trial:
                 break
         # It draws. Then what a state holds beside α x₀ must be noise that knows nothing of x₀. It may be more than σ
         # (DDPM with a large variance), but not much less.
-        for x, bare, place in zip(run(_CLEAN, 0), run(0 * _CLEAN, 0), places, strict=True):
+        noises = []
+        for (x, bare), place in zip(self._both(run(_CLEAN, 0), run(0 * _CLEAN, 0)), places, strict=True):
             size = float(bare.square().mean().sqrt())
             if place is None:
                 clean = float(((x - bare) * _CLEAN).sum() / _CLEAN.square().sum())
@@ -276,7 +280,11 @@ class _Trial:
             alpha, sigma = place
             if not sigma / 2 < size or not _near(x - bare, alpha * _CLEAN, alpha + sigma, reach):
                 return None
-        return True if self._differs(run(_CLEAN, 0), run(_CLEAN, 1)) else None
+            noises.append(bare.flatten())
+        if not self._differs(run(_CLEAN, 0), run(_CLEAN, 1)):
+            return None
+        alike = [float(torch.cosine_similarity(a, b, dim=0)) for a, b in pairwise(noises)]
+        return min(median(alike), 1 - 1e-6) if alike else 0.0
 
     def _draws(self) -> bool:
         """Whether other random numbers make another result, with a model of no meaning."""
@@ -285,9 +293,12 @@ class _Trial:
         except Exception:
             return False
 
-    @staticmethod
-    def _differs(one: Iterator[Tensor], other: Iterator[Tensor]) -> bool:
-        return any(not torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    def _differs(self, one: Iterator[Tensor], other: Iterator[Tensor]) -> bool:
+        return any(not torch.equal(a, b) for a, b in self._both(one, other))
+
+    def _both(self, one: Iterator[Tensor], other: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Two runs side by side; one after the other where they draw from the same random numbers."""
+        return zip(one, other, strict=True) if self._seeded else zip([*one], [*other], strict=True)
 
     # ------------------------------------------------------------------------------------------------------------ runs
 

@@ -77,7 +77,14 @@ def inner_products(probe: Tensor, differences: Sequence[Tensor]) -> tuple[Tensor
 
 
 def losses_of_products(d_squared: Tensor, g: Tensor, gram: Tensor, coefficients: Tensor, loss: Loss) -> Tensor:
-    """Proxy losses (K, B, N) from :func:`inner_products` and :func:`gram_matrix`.
+    """Proxy losses (K, B, N) from :func:`inner_products` and :func:`gram_matrix`."""
+    return losses_and_errors(d_squared, g, gram, coefficients, loss)[0]
+
+
+def losses_and_errors(
+    d_squared: Tensor, g: Tensor, gram: Tensor, coefficients: Tensor, loss: Loss
+) -> tuple[Tensor, Tensor]:
+    """Proxy losses (K, B, N), and ‖e‖², the squared errors that they are made of.
 
     With c' = c - (1, 0, …), the error is e = Σ c'_i D_i - d, hence ‖e‖² = ‖d‖² - 2 c'·g + c'ᵀGc'. Cosine distance
     follows without cancellation from 1 - cos = (‖e‖² - (‖ĥ‖ - ‖h‖)²) / (2 ‖ĥ‖ ‖h‖), where
@@ -90,10 +97,10 @@ def losses_of_products(d_squared: Tensor, g: Tensor, gram: Tensor, coefficients:
     quadratic = torch.einsum("kp,bnp->kbn", pairs, gram.flatten(2))
     error = (d_squared - 2 * torch.einsum("kh,bnh->kbn", c, g) + quadratic).clamp_min(0)
     if loss == "l2":
-        return error
+        return error, error
     h_squared = (d_squared + 2 * g[..., 0] + gram[..., 0, 0]).clamp_min(0)
     if loss == "relative_l2":
-        return error / _positive(h_squared)
+        return error / _positive(h_squared), error
     h_dot_e = torch.einsum("kh,bnh->kbn", c, g + gram[..., 0, :]) - (d_squared + g[..., 0])
     gain = error + 2 * h_dot_e  # ‖ĥ‖² - ‖h‖²
     h_norm = h_squared.sqrt()
@@ -101,7 +108,47 @@ def losses_of_products(d_squared: Tensor, g: Tensor, gram: Tensor, coefficients:
     shortfall = gain / _positive(predicted_norm + h_norm)
     product = predicted_norm * h_norm
     distance = (error - shortfall.square()) / _positive(2 * product)
-    return torch.where(product > 0, distance, 1.0)
+    return torch.where(product > 0, distance, 1.0), error
+
+
+def mean_and_spread(anchor: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean token h̄_a of an anchor's probe, (B, D), and Σ_n ‖h_a[n] - h̄_a‖², (B,); see :func:`unexplained`.
+
+    Args:
+        anchor: probe features at the anchor, (B, N, D).
+    """
+    wide = _wide(anchor)
+    mean = wide.mean(1)
+    return mean, squared_distance(anchor, mean)
+
+
+def squared_distance(probe: Tensor, mean: Tensor) -> Tensor:
+    """Σ_n ‖h[n] - h̄_a‖², (B,), of a probe (B, N, D) from a mean token (B, D)."""
+    return (_wide(probe) - mean.unsqueeze(1)).square().sum((1, 2))
+
+
+def unexplained(error: Tensor, by_mean: Tensor, spread: Tensor) -> Tensor:
+    """Whether the past explains nothing of the probe now.
+
+    To take the mean token of the newest anchor for every token is to know no token from another. It errs by ``by_mean``
+    now, and erred by ``spread`` at the anchor. A prediction whose tokens have nothing to do with those that are there
+    errs by the spreads of both together, which is more than either. So where even the best candidates err by more than
+    the mean token did at either time, they tell no token from another: tokens moved, or others are in their places.
+
+    One of the two is not enough. As noise goes tokens become alike, and a prediction of what they were is worse than
+    the mean and yet good for something (``sprites`` with 6 full steps). Where the model scales features up with time,
+    reuse errs by more than the spread. Features that are only shifted, scaled up, or down to no less than a half, all
+    alike, are explained by reuse.
+
+    Args:
+        error: squared error of each sample's tokens together, each by its best candidate: (B,).
+        by_mean: squared distance of the same from the mean token, :func:`squared_distance`.
+        spread: of the anchor, from :func:`mean_and_spread`.
+
+    Returns:
+        (B,) bool; false where something is not finite.
+    """
+    return error > torch.maximum(by_mean, spread)
 
 
 def choose(losses: Tensor, granularity: Granularity, total: Callable[[Tensor], Tensor] = lambda part: part) -> Tensor:

@@ -22,13 +22,17 @@ class Timeline:
         noise: σ/α of the latent x = α x₀ + σ ε that each step starts from, strictly decreasing; the first may be
             infinite. After the last step there is none.
         prediction: what the model predicts: ``flow`` ε - x₀ with α + σ = 1; with α² + σ² = 1 ``epsilon`` ε,
-            ``v_prediction`` α ε - σ x₀, or ``sample`` x₀. None: something else, or the solver takes random steps.
+            ``v_prediction`` α ε - σ x₀, or ``sample`` x₀. None: something else, or it is not known.
         full: steps that are full, the first among them, on which the clock is even; without them it is the pace.
+        fresh_noise: the class of the scheduler, where its steps add random noise; None where they add none.
+        kept: correlation of the noise in a latent with that in the next one, median over the steps; 1: none is fresh.
     """
 
     noise: tuple[float, ...]
     prediction: Prediction | None
     full: tuple[int, ...] = ()
+    fresh_noise: str | None = None
+    kept: float = 1.0
 
     def __len__(self) -> int:
         return len(self.noise)
@@ -71,6 +75,15 @@ class Timeline:
         way = math.atan(math.sqrt(self.noise[0])) / (math.pi / 2)
         return min(1.0, len(self.full) / (10 * way)) if self.full else 1.0
 
+    @property
+    def reuses(self) -> bool:
+        """Whether the newest residual is better reused than extrapolated.
+
+        Residuals change with the noise, and fresh noise can't be told from the last. A model that predicts noise gains
+        by extrapolation all the same, as long as a step keeps most of the noise; others lose (docs/beyond.md).
+        """
+        return self.fresh_noise is not None and (self.prediction != "epsilon" or self.kept < 0.5)
+
     def hindsight(self, anchors: Sequence[int], step: int) -> float:
         """By how much of its surprise the output of a full step is to be moved, to make up for the window before.
 
@@ -89,9 +102,10 @@ class Timeline:
             step: the full step at the end of the window, s.
 
         Returns:
-            (A_s / B_s + J) Q / (1 - J Q); 0 where no step lies between, or it is not known what is predicted.
+            (A_s / B_s + J) Q / (1 - J Q); 0 where no step lies between, it is not known what is predicted, or steps
+            add noise, which makes surprises of its own.
         """
-        if self.prediction is None:
+        if self.prediction is None or self.fresh_noise is not None:
             return 0.0
         a, b, j = self._solver
         clock = self.clock

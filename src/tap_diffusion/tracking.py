@@ -26,6 +26,7 @@ from tap_diffusion.compiling import uncompiled
 from tap_diffusion.timeline import Timeline
 
 _TOLD = object()  # in the place of a scheduler's timesteps, where the pipeline tells the step
+ONLY = "#0"  # the branch of a trajectory that has one, to which the pipeline gives no name
 _STRANGERS = 8  # more than a trajectory's first step can have branches
 _MOST_RUNS = 16  # of loops that tell no scheduler, which nobody says when they have ended
 
@@ -57,6 +58,7 @@ class _Branch:
     position: float
     time: _Time  # read only where the position is in doubt
     steady: bool  # whether its conditioning is the same object from call to call
+    step: int
 
     def changes_to(self, conditioning: Any) -> bool:
         """Whether this is another conditioning, and not the same one made anew."""
@@ -88,8 +90,8 @@ class StepTracker:
         self._guessed = False  # whether it was trusted without agreeing on the time
         self._strangers = 0  # calls in a row with a conditioning never seen before
         self._trusted: Any = None  # the scheduler whose timesteps this trajectory runs through
-        self._idle: Tensor | None = None  # timesteps of a scheduler that nobody steps
-        self._values: tuple[Tensor, list[float]] | None = None  # of one that does not count, and on the host
+        self._idle: Any = None  # timesteps of a scheduler that nobody steps
+        self._values: tuple[Any, list[float]] | None = None  # of one that does not count, and on the host
         self._inverse = False  # time runs the other way than the model's pipelines let it
         self._against = 0  # calls in a row for which it did
         self.reset()
@@ -132,8 +134,8 @@ class StepTracker:
             # Time passes, but not for this scheduler: the pipeline steps copies of it (SkyReels-V2 has one per frame),
             # or a loop of the user's own steps none.
             self._trusted, self._idle = None, timesteps
-            self._go_by_time()
-            timesteps, position, is_last = None, time.position(), None
+            self._go_by_time(timesteps)
+            timesteps, position, is_last = self._read(time, familiar)
         if timesteps is None and self._turns(conditioning, time):
             time = _Time(timestep, rising != self._inverse)
             position = time.position()
@@ -161,13 +163,13 @@ class StepTracker:
             )
         ):
             self.reset()
-            name, known = branch if branch is not None else "#0", None
+            name, known = branch if branch is not None else ONLY, None
         if position < self._position:
             self._step += 1
             self._stride = self._position - position
         self._timesteps, self._position = timesteps, position
         steady = known is not None and known.conditioning() is conditioning
-        self._branches[name] = _Branch(weak(conditioning), position, time, steady)
+        self._branches[name] = _Branch(weak(conditioning), position, time, steady, self._step)
         self._called.append(name)
         starts = self._step == 0 and len(self._branches) == 1
         if starts and timesteps is not None:
@@ -209,7 +211,7 @@ class StepTracker:
             return False
         self._inverse, self._against = not self._inverse, 0
         self._branches = {name: replace(known, time=known.time.turned()) for name, known in self._branches.items()}
-        self._go_by_time()
+        self._go_by_time(None)
         return True
 
     def _renamed(self, branch: str, conditioning: Any) -> str:
@@ -233,7 +235,7 @@ class StepTracker:
             # Guidance may begin or end in mid-run, and then places shift.
             if name not in self._called and not self._branches[name].steady:
                 return name
-        return f"#{len(self._branches)}"
+        return next(name for i in range(len(self._branches) + 1) if (name := f"#{i}") not in self._branches)
 
     def _look_ahead(self, time: _Time, told: Told | None) -> None:
         """Ask the scheduler about the steps to come."""
@@ -273,25 +275,31 @@ class StepTracker:
         """Whether any conditioning of the trajectory still exists, so that it may go on."""
         return any(branch.conditioning() is not None for branch in self._branches.values())
 
-    def leaves(self, conditioning: Any, time: _Time) -> bool:
-        """Forget a branch that time tells to be another trajectory, in turns with this one; whether it is one.
+    def leaves(self, conditioning: Any, time: _Time) -> str | None:
+        """The branch of this conditioning if time tells that it is another trajectory, in turns with this one.
 
-        It goes on from where it was itself, but lies behind the others.
+        It goes on from where it was itself, but differs from where the others are.
         """
-        if self._timesteps is not None or len(self._branches) < 2 or time.position() <= self._position:
-            return False
+        if self._timesteps is not None or len(self._branches) < 2:
+            return None
         for name, known in self._branches.items():
             if known.conditioning() is _first(conditioning) and time.is_after(known.time):
-                del self._branches[name]
-                self._called = [other for other in self._called if other != name]
-                self._called_before = [other for other in self._called_before if other != name]
-                return True
-        return False
+                begins = known.position == self._position and name == self._called[0]
+                return None if begins or time.position() == self._position else name
+        return None
 
-    def _go_by_time(self) -> None:
+    def take(self, other: StepTracker, name: str) -> None:
+        """Go on with a branch of another tracker, which forgets it."""
+        known = other._branches.pop(name)
+        other._called = [one for one in other._called if one != name]
+        other._called_before = [one for one in other._called_before if one != name]
+        self._branches, self._called, self._called_before = {ONLY: known}, [ONLY], [ONLY]
+        self._position, self._step, self._inverse = known.position, known.step, other._inverse
+
+    def _go_by_time(self, timesteps: Tensor | None) -> None:
         for known in self._branches.values():
             known.position = known.time.position()
-        self._timesteps, self._position = None, min(known.position for known in self._branches.values())
+        self._timesteps, self._position = timesteps, min(known.position for known in self._branches.values())
 
     def _read(self, time: _Time, familiar: bool) -> tuple[Tensor | None, float, bool | None]:
         """The timesteps of this trajectory if a scheduler is known, the falling position, whether it is the last."""
@@ -300,14 +308,31 @@ class StepTracker:
             self._trusted = self._whose(time)
         scheduler = self._trusted
         if scheduler is None:
+            if self._runs_through(time):
+                self._idle = self._timesteps
+                self._go_by_time(self._idle)
+            if any(getattr(idle, "timesteps", None) is self._idle for idle in self.schedulers()):
+                # Not stepped, but its timesteps are run through as long as they are the same ones.
+                return self._idle, time.position(), time.is_at(self._on_host(self._idle)[-1])
             return None, time.position(), None
         index = _index(scheduler)
         if index is None:
-            if self._values is None or self._values[0] is not scheduler.timesteps:
-                self._values = scheduler.timesteps, scheduler.timesteps.tolist()
-            time.look_up(*self._values)
-            return scheduler.timesteps, time.position(), time.is_at(self._values[1][-1])
+            time.look_up(scheduler.timesteps, self._on_host(scheduler.timesteps))
+            return scheduler.timesteps, time.position(), time.is_at(self._on_host(scheduler.timesteps)[-1])
         return scheduler.timesteps, -float(index), index == len(scheduler.timesteps) - 1
+
+    def _runs_through(self, time: _Time) -> bool:
+        """Whether this is a later one of the current trajectory's timesteps, on which its scheduler does not stand."""
+        for scheduler in self.schedulers():
+            if scheduler.timesteps is self._timesteps and scheduler.timesteps is not self._idle:
+                later = self._on_host(self._timesteps)[(_index(scheduler) or 0) + 1 :]
+                return any(map(time.is_at, later))
+        return False
+
+    def _on_host(self, timesteps: Any) -> list[float]:
+        if self._values is None or self._values[0] is not timesteps:
+            self._values = timesteps, timesteps.tolist()
+        return self._values[1]
 
     def _whose(self, time: _Time) -> Any:
         known = self._known()
@@ -377,10 +402,14 @@ class Runs(Generic[W]):
         make: what carries out one more run.
         first: what carries out the first, and later ones that are alone.
         finish: is called with what carried out a run that is over.
+        part: is called with what has carried out two runs that were thought to be one until now, the branch that is
+            the second, and what is to go on with that, as the branch :data:`ONLY`.
     """
 
-    def __init__(self, make: Callable[[], W], first: W, finish: Callable[[W], None]) -> None:
-        self._make, self._first, self._finish = make, first, finish
+    def __init__(
+        self, make: Callable[[], W], first: W, finish: Callable[[W], None], part: Callable[[W, str, W], None]
+    ) -> None:
+        self._make, self._first, self._finish, self._part = make, first, finish, part
         self._runs: list[Run[W]] = []  # the one that was used last at the end
         self._lock = threading.RLock()
 
@@ -423,7 +452,13 @@ class Runs(Generic[W]):
         mine = [run for run in reversed(self._runs) if not run.candidates and run.thread == threading.get_ident()]
         for run in mine:
             if run.tracker.knows(condition):
-                return self._new([]) if run.tracker.leaves(condition, time) else run
+                branch = run.tracker.leaves(condition, time)
+                if branch is None:
+                    return run
+                new = self._new([])
+                new.tracker.take(run.tracker, branch)
+                self._part(run.work, branch, new.work)
+                return new
         if not mine:
             return self._new([])
         latest = mine[0]

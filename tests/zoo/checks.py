@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,10 @@ CONFIG = tap.TAPConfig.paper(INTERVAL, warmup=WARMUP, horizon_span=1)
 # Another step by the timestep, the same for the model: embeddings of time can turn over 10,000 times from 0 to 1.
 A_LITTLE_LATER = 1 - 1e-6
 REUSE = tap.TAPConfig.paper(interval=2, warmup=1, orders=(0,), horizon_span=0)
+
+
+CHECKPOINTING_FAILS = {"HunyuanImageTransformer2DModel"}  # TypeError in diffusers 0.42, TAP or not
+NO_BACKWARD = {"Kandinsky6SRTransformer3DModel"}  # FlexAttention has none on a CPU
 
 
 def spec_of(name: str) -> TransformerSpec:
@@ -133,6 +138,68 @@ def _stream_into_head(name: str, model: nn.Module, make: Any) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def check_full_step(name: str) -> None:
+    """A full step is the plain model's call: the same bits, gradients included, with an adapter and its scale, with
+    gradient checkpointing or without. A predicted step follows the scale as well."""
+    case, model = CASES[name], build(name)
+    scaled = _with_adapter(name, model)
+    z = start(case)
+
+    def run(scale: float, time: float = 0.7, backward: bool = False) -> tuple[Tensor, list[Tensor]]:
+        model.zero_grad()
+        given = case.inputs(z.clone(), torch.full((1,), time), conditions.step())
+        if scaled:
+            given[scaled] = {**given.get(scaled, {}), "scale": scale}
+        output = model(**given, return_dict=False)
+        velocity = case.velocity(output, z)
+        if backward and velocity.requires_grad:
+            velocity.square().sum().backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        return velocity.detach(), gradients
+
+    conditions = Conditions(0, 1, torch.float32)
+    model.requires_grad_(class_of(name) not in NO_BACKWARD)
+    for checkpointing in (False, True):
+        if checkpointing and class_of(name) in CHECKPOINTING_FAILS:
+            continue
+        if checkpointing and model._supports_gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        plain, gradients = run(0.3, backward=True)
+        with tap.enabled(model, REUSE):
+            full, found = run(0.3, backward=True)
+            assert tap.report(model).full_steps == 1
+        assert torch.equal(full, plain)
+        assert len(found) == len(gradients)
+        assert gradients or class_of(name) in NO_BACKWARD
+        assert all(map(torch.equal, found, gradients)), f"other gradients, {checkpointing=}"
+    if not scaled:
+        return
+    with torch.no_grad(), tap.enabled(model, REUSE):
+        full, _ = run(0.3)
+        predicted, _ = run(0.3, A_LITTLE_LATER * 0.7)
+        assert tap.report(model).predicted_steps == 1
+        other, _ = run(0.0, 0.6)
+        assert (other - full).norm() > 1e-3 * full.norm(), "the scale has no effect that could be tested"
+    error = (predicted - full).norm() / full.norm()
+    assert error < 1e-2, f"relative error {error:.3f}"
+
+
+def _with_adapter(name: str, model: nn.Module) -> str | None:
+    """Add a LoRA to the first and the last block and the heads; the name of the argument that scales it, if any."""
+    from peft import LoraConfig
+
+    if not hasattr(model, "add_adapter"):
+        return None
+    wanted = [*blocks_of(name, model)[:1], *blocks_of(name, model)[-1:]]
+    wanted += [attrgetter(stream.head)(model) for stream in spec_of(name).streams if stream.head is not None]
+    parts = {id(part) for module in wanted for part in module.modules() if type(part) is nn.Linear}
+    places = [place for place, part in model.named_modules() if id(part) in parts]
+    torch.manual_seed(2)
+    model.add_adapter(LoraConfig(r=2, target_modules=places, init_lora_weights=False))  # type: ignore[operator]
+    known = inspect.signature(type(model).forward).parameters
+    return next((argument for argument in ("joint_attention_kwargs", "attention_kwargs") if argument in known), None)
 
 
 def check_recomputation(name: str) -> None:

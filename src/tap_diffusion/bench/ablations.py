@@ -113,7 +113,13 @@ class MixedEngine(Engine):
         """As the base class, with that timeline."""
         timeline = call.timeline
         if timeline is not None:
-            timeline = MixedTimeline(timeline.noise, timeline.prediction, **self._change)
+            timeline = MixedTimeline(
+                timeline.noise,
+                timeline.prediction,
+                fresh_noise=timeline.fresh_noise,
+                kept=timeline.kept,
+                **self._change,
+            )
         return super().begin(replace(call, timeline=timeline))
 
 

@@ -52,7 +52,7 @@ def apply_tap(
     config = TAPConfig() if config is None else config
     if not isinstance(config, TAPConfig):
         raise TypeError(f"config is {config!r}; give a TAPConfig, such as TAPConfig(speedup=5)")
-    module = unwrapped(module)
+    module = inmost(module)
     if spec is None:
         spec = _spec(module) if blocks is None else _inferred_spec(module, blocks, probe)
     depth = Depth(module, spec)  # raises where this one lacks what its class should have
@@ -132,15 +132,15 @@ def hooks(target: DiffusionPipeline | nn.Module) -> list[TAPHook]:
 def transformers(target: DiffusionPipeline | nn.Module) -> list[nn.Module]:
     """The transformers that denoise."""
     if isinstance(target, nn.Module):
-        return [unwrapped(target)]
+        return [inmost(target)]
     components = getattr(target, "components", {})
-    found = [unwrapped(part) for part in components.values() if isinstance(part, nn.Module)]
-    known = [part for part in found if type(part).__name__ in SPECS]
+    found = [inmost(part) for part in components.values() if isinstance(part, nn.Module)]
+    known = [part for part in found if _class_of(part) in SPECS]
     if known:
         return known
     transformer = getattr(target, "transformer", None)
     if isinstance(transformer, nn.Module):
-        return [unwrapped(transformer)]
+        return [inmost(transformer)]
     if getattr(target, "unet", None) is not None:
         raise UnsupportedModelError(
             f"{type(target).__name__} has a UNet; TAP needs a transformer, whose blocks share one residual stream"
@@ -157,7 +157,7 @@ def supported(target: DiffusionPipeline | nn.Module) -> list[nn.Module]:
 
 
 def _spec(module: nn.Module) -> TransformerSpec:
-    name = type(module).__name__
+    name = _class_of(module)
     if name in REFUSED:
         raise UnsupportedModelError(f"{name} can't be accelerated: {REFUSED[name]}")
     if name not in SPECS:
@@ -166,6 +166,27 @@ def _spec(module: nn.Module) -> TransformerSpec:
             " name them: tap.apply_tap(module, config, blocks=...)"
         )
     return SPECS[name]
+
+
+def _class_of(module: nn.Module) -> str:
+    """Its class, or the first that TAP knows of those that it is made from (fully_shard makes a subclass, users do)."""
+    names = [kind.__name__ for kind in type(module).__mro__]
+    return next((name for name in names if name in SPECS or name in REFUSED), names[0])
+
+
+def inmost(module: nn.Module) -> nn.Module:
+    """The transformer within what torch.compile, PEFT or a parallel wrapper puts around it."""
+    while _class_of(module) not in SPECS:
+        if type(module).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"):
+            inner = module.module
+        elif callable(unwrap := getattr(module, "get_base_model", None)):  # PeftModel
+            inner = unwrap()
+        else:
+            inner = unwrapped(module)
+        if inner is module or not isinstance(inner, nn.Module):
+            break
+        module = inner
+    return module
 
 
 def _inferred_spec(module: nn.Module, blocks: str | Sequence[str], probe: str | None) -> TransformerSpec:

@@ -287,7 +287,14 @@ class Depth:
         first = unwrapped(self.first)
         norm = self.spec.modulated_norm
         place = norm or self.spec.attention
-        children = [first.get_submodule(place)] if place else attentions(first)
+        try:
+            children = [first.get_submodule(place)] if place else attentions(first)
+        except AttributeError as error:
+            raise UnsupportedModelError(
+                f"the first block of this {type(self.module).__name__} is a {type(first).__name__} without {place}, by"
+                " which TAP chooses: something else has replaced it, another cache perhaps. Remove that, or use"
+                " TAPConfig(probe='first_block')"
+            ) from error
         thread = threading.get_ident()  # other threads may run this block to its end at the same time
 
         # Without a third argument while another thread removes the hook.
@@ -315,8 +322,11 @@ class Depth:
             self._current.watch = watch
             for handle in handles:
                 handle.remove()
+        hooks = getattr(getattr(first, "_diffusers_hook", None), "hooks", {})
+        skipped = [name for name in hooks if "skip" in name.lower()]
+        reason = f"is skipped by {skipped[0]}; skip others, or" if skipped else "calls no attention;"
         raise UnsupportedModelError(
-            f"the first block of {type(self.module).__name__} calls no attention; use TAPConfig(probe='first_block')"
+            f"the first block of this {type(self.module).__name__} {reason} use TAPConfig(probe='first_block')"
         )
 
     def _copied(self, arguments: dict[str, Any]) -> dict[str, Any]:

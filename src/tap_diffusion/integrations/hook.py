@@ -23,7 +23,7 @@ from tap_diffusion.integrations.depth import Depth, NotCopied, named
 from tap_diffusion.integrations.passes import Passes
 from tap_diffusion.ranks import Ranks
 from tap_diffusion.reporting import Report
-from tap_diffusion.tracking import Call, Run, Runs, Told
+from tap_diffusion.tracking import ONLY, Call, Run, Runs, Told
 
 
 class TAPHook(NotCopied, Passes, ModelHook):
@@ -54,7 +54,12 @@ class TAPHook(NotCopied, Passes, ModelHook):
         self._reports: weakref.WeakKeyDictionary[Any, Report] = weakref.WeakKeyDictionary()
         self._latest: Report | None = None
         self._trajectories = 0
-        self.runs: Runs[Passes] = Runs(self._another, self, lambda passes: passes.engine.finish())
+        self.runs: Runs[Passes] = Runs(
+            self._another,
+            self,
+            finish=lambda passes: passes.engine.finish(),
+            part=lambda passes, branch, other: other.engine.take(passes.engine, branch, ONLY),
+        )
         self.pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
         self.peers: list[TAPHook] = []
 

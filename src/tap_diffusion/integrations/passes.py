@@ -24,6 +24,7 @@ from tap_diffusion.tracking import Call
 # Runs a transformer's own forward on it or on a view of it, without the arguments of these names.
 Forward = Callable[[nn.Module, Sequence[str]], Any]
 
+LEFT_OUT = "something else left out the first block or the last, another cache perhaps: remove it"
 LARGEST_MOVE = 0.7  # of an output's norm, in hindsight; chosen on calibration samples (docs/beyond.md)
 
 
@@ -88,9 +89,12 @@ class Passes:
         self.engine.park()
         before: Streams = {}
         probes: Streams = {}
+        is_entered, lost = False, None  # why there is no anchor
 
         @torch.no_grad()
         def enter(arguments: dict[str, Any]) -> None:
+            nonlocal is_entered
+            is_entered = True
             for name, x in self._streams(depth.split(arguments)).items():
                 before[name] = x.clone()  # some blocks write into their input
             if self.engine.needs_probe and self._by_modulated_input:
@@ -103,9 +107,13 @@ class Passes:
 
         @torch.no_grad()
         def leave(stream: str, after: Tensor) -> None:
+            nonlocal lost
             x, h = before.pop(stream, None), probes.get(stream)
-            if x is None or after.numel() != x.numel():
-                return  # there is no anchor, and what follows runs in full
+            if x is None:
+                return
+            if after.numel() != x.numel():
+                lost = "the number of tokens changed between the first block and the last"
+                return
             count = len(calls)
             befores = self._tokens(x).chunk(count)
             afters = self._tokens(after.reshape(x.shape)).chunk(count)
@@ -117,7 +125,13 @@ class Passes:
         unread = self._unread(calls)
         unread.clear()
         with depth.watched(enter, entered, leave, unread):
-            return forward(depth.module, ())
+            output = forward(depth.module, ())
+        if lost is None and (not is_entered or before):
+            lost = LEFT_OUT
+        if lost is not None:
+            for call in calls:
+                self.engine.lose(call, lost)
+        return output
 
     def _unread(self, calls: Sequence[Call]) -> StandIns:
         """Where stand-ins for unread submodules are kept; none are where the first block, run as probe, reads them, or
@@ -137,7 +151,7 @@ class Passes:
             the output, and the reason if it can't be used. The reason does not travel as an exception through the
             model, which may have to undo things (LoRA scales, for one) at the end of its forward.
         """
-        reason: str | None = "the model did not call its first block"
+        reason: str | None = LEFT_OUT
 
         def predict(arguments: dict[str, Any]) -> Streams:
             nonlocal reason

@@ -30,12 +30,14 @@ class Prediction(NamedTuple):
     Attributes:
         hidden_states: x + r̂, (B, N, D) in the dtype of x.
         choice: each token's candidate, (B, N) uint8.
+        errors: least squared error of any candidate in each token's probe, (B, N) in float32 or better.
         doubt: whether a value of the prediction, or the squared distance of a token's probe from its anchor, is not
             finite; a bool tensor without dimensions.
     """
 
     hidden_states: Tensor
     choice: Tensor
+    errors: Tensor
     doubt: Tensor
 
 
@@ -68,10 +70,19 @@ def predict(
         return Prediction(
             *form.predict_by_token(hidden_states, probe, differences, gram, residuals, coefficients, loss, mend)
         )
-    losses, doubt = form.proxy_losses(probe, differences, gram, coefficients, loss)
+    losses, errors, doubt = form.proxy_losses(probe, differences, gram, coefficients, loss)
     choice = choose(losses) if callable(choose) else selection.choose(losses, choose)
     result, more = combine(hidden_states, residuals, coefficients, choice, mend)
-    return Prediction(result, choice.to(torch.uint8), doubt | more)
+    return Prediction(result, choice.to(torch.uint8), errors, doubt | more)
+
+
+def errors(
+    probe: Tensor, differences: Sequence[Tensor], gram: Tensor | None, coefficients: Tensor, loss: Loss
+) -> Tensor:
+    """The errors of a :class:`Prediction` alone, (B, N); the arguments are those of :func:`predict`."""
+    form = _form(differences, probe) if gram is not None else eager
+    found: Tensor = form.proxy_losses(probe, differences, gram, coefficients, loss)[1]
+    return found
 
 
 def combine(
@@ -123,10 +134,11 @@ def _check(device: torch.device) -> None:
     past, residuals = features[:2], features[2:]
     coefficients = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
     gram = _fused().gram_matrix(past)
-    result, _, _ = _fused().predict_by_token(x, h, past, gram, residuals, coefficients, "cosine", False)
-    losses, _ = eager.proxy_losses(h, past, eager.gram_matrix(past), coefficients, "cosine")
+    result, _, errors, _ = _fused().predict_by_token(x, h, past, gram, residuals, coefficients, "cosine", False)
+    losses, known, _ = eager.proxy_losses(h, past, eager.gram_matrix(past), coefficients, "cosine")
     expected, _ = eager.combine(x, residuals, coefficients, selection.choose(losses, "token"), False)
-    if not torch.allclose(result, expected, rtol=1e-4, atol=1e-4):
+    same = (torch.allclose(*pair, rtol=1e-4, atol=1e-4) for pair in ((result, expected), (errors, known)))
+    if not all(same):
         raise RuntimeError("they predict something else than PyTorch")
 
 

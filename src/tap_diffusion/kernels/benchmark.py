@@ -62,20 +62,21 @@ def arguments(size: Size, candidates: int, dtype: torch.dtype, device: torch.dev
 
 
 def moved(hidden_states: Tensor, probe: Tensor, differences: Any, gram: Tensor, residuals: Any, *_: Any) -> int:
-    """Bytes that cannot but be moved: all that is read, the prediction and the choice."""
+    """Bytes that cannot but be moved: all that is read, the prediction, each token's choice and error."""
     read = [hidden_states, probe, *differences, gram, *residuals]
-    return sum(tensor.nbytes for tensor in read) + hidden_states.nbytes + hidden_states[..., 0].numel()
+    return sum(tensor.nbytes for tensor in read) + hidden_states.nbytes + hidden_states[..., 0].numel() * (1 + 4)
 
 
 def reference(
     hidden_states: Tensor, probe: Tensor, differences: Any, gram: Tensor, residuals: Any, coefficients: Tensor
 ) -> Any:
     """The operation as the reference has it, over whole tensors, one after the other."""
-    losses = selection.proxy_losses_onepass(probe, differences, gram, coefficients, "cosine")
+    products = selection.inner_products(probe, differences)
+    losses, squared = selection.losses_and_errors(*products, gram, coefficients, "cosine")
     choice = selection.choose(losses, "token")
     predicted = selection.combine_chosen(residuals, coefficients, choice)
     result = (hidden_states + predicted).to(hidden_states.dtype)
-    return result, choice.to(torch.uint8), ~selection.all_finite(probe, result)
+    return result, choice.to(torch.uint8), squared.amin(0), ~selection.all_finite(probe, result)
 
 
 def forms(device: torch.device, compiled: bool) -> dict[str, Callable[..., Any]]:
@@ -93,7 +94,7 @@ def forms(device: torch.device, compiled: bool) -> dict[str, Callable[..., Any]]
 
 def _predict(form: Any, hidden_states: Tensor, probe: Tensor, differences: Any, gram: Tensor, residuals: Any,
              coefficients: Tensor) -> Any:  # fmt: skip
-    losses, _ = form.proxy_losses(probe, differences, gram, coefficients, "cosine")
+    losses, _, _ = form.proxy_losses(probe, differences, gram, coefficients, "cosine")
     return form.combine(hidden_states, residuals, coefficients, selection.choose(losses, "token"), False)
 
 

@@ -20,22 +20,27 @@ CHUNK = 2**18  # elements of each tensor that a thread works on at a time
 
 def proxy_losses(
     probe: Tensor, differences: Sequence[Tensor], gram: Tensor | None, coefficients: Tensor, loss: Loss
-) -> tuple[Tensor, Tensor]:
-    """Losses of all candidates, (K, B, N), and whether the probe's distance from its anchor is not finite.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses of all candidates, (K, B, N); least errors; whether the probe's distance from its anchor is not finite.
 
     Args:
         probe, differences, coefficients, loss: as for :func:`tap_diffusion.kernels.predict`.
         gram: likewise; None with ``l1``.
+
+    Returns:
+        the errors as :class:`tap_diffusion.kernels.Prediction` has them.
     """
     if gram is None:
-        return selection.proxy_losses(probe, differences, coefficients, loss), ~selection.all_finite(probe)
+        losses = selection.proxy_losses(probe, differences, coefficients, loss)
+        squared = selection.proxy_losses(probe, differences, coefficients, "l2")
+        return losses, squared.amin(0), ~selection.all_finite(probe)
     products = [
         selection.inner_products(probe[:, tokens], [difference[:, tokens] for difference in differences])
         for tokens in _chunks(probe)
     ]
     d_squared, g = (torch.cat(parts, dim=1) for parts in zip(*products, strict=True))
-    losses = selection.losses_of_products(d_squared, g, gram, coefficients, loss)
-    return losses, ~selection.all_finite(d_squared)
+    losses, squared = selection.losses_and_errors(d_squared, g, gram, coefficients, loss)
+    return losses, squared.amin(0), ~selection.all_finite(d_squared)
 
 
 def combine(

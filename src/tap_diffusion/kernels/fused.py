@@ -46,10 +46,10 @@ def _not_negative(x):
 
 @triton.jit
 def _losses(
-    probe, probe_strides, differences, difference_strides, gram, coefficients, doubt, program, sample, token, column, K,
-    H: tl.constexpr, D: tl.constexpr, LOSS: tl.constexpr, KS: tl.constexpr,
+    errors, probe, probe_strides, differences, difference_strides, gram, coefficients, doubt, program, sample, token,
+    column, K, H: tl.constexpr, D: tl.constexpr, LOSS: tl.constexpr, KS: tl.constexpr,
 ):  # fmt: skip
-    """Losses of all candidates, (KS,): :func:`selection.proxy_losses_onepass`."""
+    """Losses of all candidates, (KS,): :func:`selection.proxy_losses_onepass`, and writes the least error."""
     candidate = tl.arange(0, KS)
     rows = coefficients + candidate * H
     gram += program * H * H
@@ -73,6 +73,7 @@ def _losses(
             quadratic += c * tl.load(rows + j, mask=candidate < K, other=0.0) * tl.load(gram + i * H + j)
 
     error = _not_negative(d_squared - 2 * linear + quadratic)
+    tl.store(errors + program, tl.min(tl.where(candidate < K, error, _INF), 0))
     h_squared = _not_negative(d_squared + 2 * g_0 + tl.load(gram))
     if LOSS == "cosine":
         gain = error + 2 * (linear + forward - (d_squared + g_0))
@@ -109,16 +110,16 @@ def _combine(
 
 @triton.jit
 def _predict_kernel(
-    result, choice, doubt, hidden_states, hidden_strides, probe, probe_strides, differences, difference_strides, gram,
-    residuals, residual_strides, coefficients, N, K,
+    result, choice, errors, doubt, hidden_states, hidden_strides, probe, probe_strides, differences,
+    difference_strides, gram, residuals, residual_strides, coefficients, N, K,
     H: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, LOSS: tl.constexpr, MEND: tl.constexpr, KS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_PROBE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     sample, token = program // N, program % N
     losses = _losses(
-        probe, probe_strides, differences, difference_strides, gram, coefficients, doubt, program, sample, token,
-        tl.arange(0, BLOCK_PROBE), K, H, WIDTH, LOSS, KS,
+        errors, probe, probe_strides, differences, difference_strides, gram, coefficients, doubt, program, sample,
+        token, tl.arange(0, BLOCK_PROBE), K, H, WIDTH, LOSS, KS,
     )  # fmt: skip
     # As selection.choose has it: NaN behind everything, of equals the first.
     losses = tl.where(losses == losses, tl.minimum(losses, _MAX), _INF)
@@ -132,14 +133,14 @@ def _predict_kernel(
 
 @triton.jit
 def _losses_kernel(
-    losses, doubt, probe, probe_strides, differences, difference_strides, gram, coefficients, N, K,
+    losses, errors, doubt, probe, probe_strides, differences, difference_strides, gram, coefficients, N, K,
     H: tl.constexpr, D: tl.constexpr, LOSS: tl.constexpr, KS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     candidate = tl.arange(0, KS)
     values = _losses(
-        probe, probe_strides, differences, difference_strides, gram, coefficients, doubt, program, program // N,
-        program % N, tl.arange(0, BLOCK), K, H, D, LOSS, KS,
+        errors, probe, probe_strides, differences, difference_strides, gram, coefficients, doubt, program,
+        program // N, program % N, tl.arange(0, BLOCK), K, H, D, LOSS, KS,
     )  # fmt: skip
     tl.store(losses + program * K + candidate, values, mask=candidate < K)
 
@@ -183,37 +184,37 @@ def predict_by_token(
     coefficients: Tensor,
     loss: Loss,
     mend: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`tap_diffusion.kernels.predict`, with the argmin over each token; ``loss`` is not ``l1``."""
     (batch, tokens, features), width = hidden_states.shape, probe.shape[-1]
     result = _like(hidden_states)
     choice = torch.empty((batch, tokens), dtype=torch.uint8, device=result.device)
-    doubt = _no_doubt(result)
+    errors, doubt = _errors(probe), _no_doubt(result)
     with torch.cuda.device_of(result):
         _predict_kernel[(batch * tokens,)](
-            result, choice, doubt, hidden_states, hidden_states.stride(), probe, probe.stride(),
+            result, choice, errors, doubt, hidden_states, hidden_states.stride(), probe, probe.stride(),
             *_apart(differences), gram.contiguous(), *_apart(residuals), _changes(coefficients, result), tokens,
             len(coefficients), H=len(differences), D=features, WIDTH=width, LOSS=loss, MEND=mend,
             KS=_candidates(coefficients), BLOCK=triton.next_power_of_2(features),
             BLOCK_PROBE=triton.next_power_of_2(width), num_warps=_warps(max(features, width)),
         )  # fmt: skip
-    return result, choice, doubt
+    return result, choice, errors, doubt
 
 
 def proxy_losses(
     probe: Tensor, differences: Sequence[Tensor], gram: Tensor, coefficients: Tensor, loss: Loss
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`tap_diffusion.kernels.eager.proxy_losses`; ``loss`` is not ``l1``."""
     batch, tokens, width = probe.shape
     losses = torch.empty((batch, tokens, len(coefficients)), device=probe.device)
-    doubt = _no_doubt(probe)
+    errors, doubt = _errors(probe), _no_doubt(probe)
     with torch.cuda.device_of(probe):
         _losses_kernel[(batch * tokens,)](
-            losses, doubt, probe, probe.stride(), *_apart(differences), gram.contiguous(),
+            losses, errors, doubt, probe, probe.stride(), *_apart(differences), gram.contiguous(),
             _changes(coefficients, probe), tokens, len(coefficients), H=len(differences), D=width, LOSS=loss,
             KS=_candidates(coefficients), BLOCK=triton.next_power_of_2(width), num_warps=_warps(width),
         )  # fmt: skip
-    return losses.permute(2, 0, 1), doubt
+    return losses.permute(2, 0, 1), errors, doubt
 
 
 def combine(
@@ -258,6 +259,10 @@ def _changes(coefficients: Tensor, like: Tensor) -> Tensor:
 
 def _like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _errors(probe: Tensor) -> Tensor:
+    return torch.empty(probe.shape[:2], device=probe.device)
 
 
 def _no_doubt(like: Tensor) -> Tensor:
