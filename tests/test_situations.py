@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel, LayerSkipConfig
+from diffusers.hooks import apply_layer_skip
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -452,3 +453,183 @@ def test_a_checkpoint_around_the_transformer(name: str) -> None:
             assert all(map(torch.equal, found, plain))
             with pytest.raises(RuntimeError, match="enable_gradient_checkpointing"):
                 gradients(reentrant, 4)
+
+
+@pytest.mark.parametrize("left_out", [slice(None, -1), slice(3, None), slice(2, -2), slice(None)])
+def test_pipelines_that_leave_out_timesteps(left_out: slice) -> None:
+    """Sana Sprint leaves out the last, image to image the first: the cache is freed at the end of what is left."""
+    case, model = CASES["WanTransformer3DModel"], build("WanTransformer3DModel")
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    tap.enable(model, TAPConfig.paper(interval=4, warmup=2))
+    for _ in range(2):
+        z, conditions = start(case), Conditions(0, 1, torch.float32)
+        scheduler.set_timesteps(16)
+        timesteps = scheduler.timesteps[left_out]
+        scheduler.set_begin_index(left_out.start or 0)
+        for t in timesteps:
+            z = scheduler.step(evaluate(model, case, z, float(t) / 1000, conditions), t, z, return_dict=False)[0]
+        assert tap.report(model).steps == len(timesteps)
+        assert tap.report(model).predicted_steps > 5
+        assert engine_of(model).cache_bytes == 0
+    assert tap.report(model).trajectories == 2
+
+
+def test_segments_on_one_set_of_timesteps(pipe: Any) -> None:
+    """As SkyReels-V2 draws long videos: copies of the scheduler are stepped, for one segment after the other."""
+    tap.enable(pipe, TAPConfig(full_steps=5))
+    scheduler = pipe.scheduler
+    scheduler.set_timesteps(20)
+    config = pipe.transformer.config
+    for segment in range(3):
+        text = torch.randn(1, TOKENS, config.joint_attention_dim), torch.randn(1, config.pooled_projection_dim)
+        z, stepped = torch.randn(1, 64, config.in_channels), copy.deepcopy(scheduler)
+        for t in scheduler.timesteps:
+            with torch.no_grad():
+                velocity = pipe.transformer(
+                    z, *text, t.expand(1) / 1000, img_ids=torch.zeros(64, 3), txt_ids=torch.zeros(TOKENS, 3),
+                    return_dict=False,
+                )[0]  # fmt: skip
+            z = z + velocity / 20
+        assert (tap.report(pipe).steps, tap.report(pipe).full_steps) == (20, 5), segment
+        assert stepped is not scheduler
+
+
+def test_a_scheduler_whose_timesteps_rise_and_that_no_pipeline_has() -> None:
+    """LongCat-Audio keeps its scheduler outside of its components."""
+    name = "MochiTransformer3DModel"
+    case, model = CASES[name], build(name)
+    own_scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    own_scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / 12, 12).tolist())
+    tap.enable(model, TAPConfig.paper(interval=4, warmup=2))
+    z, conditions = start(case), Conditions(0, 1, torch.float32)
+    for t in own_scheduler.timesteps:
+        z = own_scheduler.step(evaluate(model, case, z, 1 - float(t) / 1000, conditions), t, z, return_dict=False)[0]
+    assert (tap.report(model).steps, tap.report(model).trajectories) == (12, 1)
+    assert tap.report(model).predicted_steps == 8
+    assert engine_of(model).cache_bytes == 0
+
+
+# ------------------------------------------------------------------------------------------------ it says what happens
+
+
+def told(action: Callable[[], object]) -> list[str]:
+    """What TAP warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        action()
+    return [str(one.message) for one in caught if issubclass(one.category, tap.TAPWarning)]
+
+
+def test_fewer_steps_are_saved_than_asked_for_and_each_run_says_so(pipe: Any) -> None:
+    with tap.enabled(pipe, TAPConfig(speedup=5)):
+        for _ in range(2):
+            (message,) = told(lambda: sample(pipe, steps=8))
+            assert "6 of 8 steps in full, 1.33x fewer evaluations where speedup=5 is asked for" in message
+        assert told(lambda: sample(pipe, steps=50)) == []
+    with tap.enabled(pipe, TAPConfig(full_steps=8)):
+        assert told(lambda: sample(pipe, steps=20)) == []
+        (message,) = told(lambda: sample(pipe, steps=6))
+        assert "predicted no step" in message
+
+
+def test_more_steps_are_full_than_planned(pipe: Any) -> None:
+    """A second branch begins where a step was to be predicted."""
+    transformer = pipe.transformer
+    tap.enable(pipe, TAPConfig.paper(interval=4))
+    config = transformer.config
+
+    def twice(_: Any, step: int, t: Tensor, values: dict[str, Any]) -> dict[str, Any]:
+        if step == 4:
+            with transformer.cache_context("another"):
+                transformer(
+                    torch.ones(1, 64, config.in_channels), torch.ones(1, TOKENS, config.joint_attention_dim),
+                    torch.ones(1, config.pooled_projection_dim), t.expand(1) / 1000,
+                    img_ids=torch.zeros(64, 3), txt_ids=torch.zeros(TOKENS, 3),
+                )  # fmt: skip
+        return values
+
+    (message,) = told(lambda: sample(pipe, steps=12, callback_on_step_end=twice))
+    assert "where 5 were planned: the branch has only just begun (1 calls)" in message
+
+
+def test_another_cache_that_leaves_blocks_out(pipe: Any) -> None:
+    """TeaCache and the like replace the class's forward, and skip all blocks at some steps."""
+    transformer, calls = pipe.transformer, [0]
+    plain = type(transformer).forward
+    blocks = list(transformer.transformer_blocks), list(transformer.single_transformer_blocks)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] % 2:
+            return plain(self, *args, **kwargs)
+        lists = self.transformer_blocks, self.single_transformer_blocks
+        self.transformer_blocks, self.single_transformer_blocks = torch.nn.ModuleList(), torch.nn.ModuleList()
+        try:
+            return plain(self, *args, **kwargs)
+        finally:
+            self.transformer_blocks, self.single_transformer_blocks = lists
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(transformer), "forward", forward)
+        tap.enable(pipe, TAPConfig.paper(interval=4))
+        (message,) = told(lambda: sample(pipe, steps=12))
+    assert "something else left out the first block" in message
+    assert (list(transformer.transformer_blocks), list(transformer.single_transformer_blocks)) == blocks
+
+
+def test_blocks_that_something_else_has_replaced(pipe: Any) -> None:
+    class Cached(torch.nn.Module):
+        def __init__(self, block: torch.nn.Module) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, hidden_states: Tensor, **more: Any) -> Any:
+            return self.block(hidden_states=hidden_states, **more)
+
+    pipe.transformer.transformer_blocks[0] = Cached(pipe.transformer.transformer_blocks[0])
+    with tap.enabled(pipe, CONFIG), pytest.raises(tap.UnsupportedModelError, match="is a Cached without norm1"):
+        sample(pipe)
+
+
+def test_one_graph_of_the_whole_transformer() -> None:
+    case, model = CASES["FluxTransformer2DModel"], build("FluxTransformer2DModel")
+    tap.enable(model, CONFIG)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"compile_repeated_blocks\(fullgraph=True\)"):
+        denoise(torch.compile(model, backend="eager", fullgraph=True), case)
+    model.compile_repeated_blocks(backend="eager", fullgraph=True)
+    denoise(model, case)
+    assert tap.report(model).predicted_steps > 0
+    torch._dynamo.reset()
+
+
+def test_a_skipped_first_layer() -> None:
+    case, model = CASES["FluxTransformer2DModel"], build("FluxTransformer2DModel")
+    apply_layer_skip(model, LayerSkipConfig(indices=[0], fqn="transformer_blocks"))
+    with tap.enabled(model, CONFIG), pytest.raises(tap.UnsupportedModelError, match="is skipped by layer_skip_hook"):
+        denoise(model, case)
+
+
+def test_wrapped_and_derived_transformers() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    case = CASES["FluxTransformer2DModel"]
+
+    class Derived(FluxTransformer2DModel):
+        pass
+
+    class DistributedDataParallel(torch.nn.Module):
+        def __init__(self, module: torch.nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.module(*args, **kwargs)
+
+    derived = Derived(**case.config).eval()
+    peft = get_peft_model(build("FluxTransformer2DModel"), LoraConfig(r=2, target_modules=["to_q"]))
+    for model in (derived, peft, DistributedDataParallel(build("FluxTransformer2DModel"))):
+        tap.enable(model, CONFIG)
+        denoise(model, case)
+        assert tap.report(model).predicted_steps > 0
+        tap.disable(model)

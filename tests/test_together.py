@@ -381,8 +381,8 @@ class TestWan22:
     def sample(self, pipe: Any, **more: Any) -> Tensor:
         result: Tensor = pipe(
             prompt_embeds=torch.ones(1, 6, 16), negative_prompt_embeds=torch.zeros(1, 6, 16), height=64, width=64,
-            num_frames=5, num_inference_steps=20, output_type="latent", guidance_scale=2.0,
-            generator=torch.Generator().manual_seed(0), **more,
+            num_frames=5, output_type="latent", guidance_scale=2.0, generator=torch.Generator().manual_seed(0),
+            **{"num_inference_steps": 20} | more,
         ).frames  # fmt: skip
         return result
 
@@ -407,6 +407,12 @@ class TestWan22:
                     self.sample(pipe, callback_on_step_end=interrupt_at(stop))
                 assert torch.equal(self.sample(pipe), first)
         assert torch.equal(self.sample(pipe), plain)
+
+    @pytest.mark.parametrize("steps", [20, 40])
+    def test_full_steps_are_those_of_the_run(self, pipe: Any, steps: int) -> None:
+        with tap.enabled(pipe, tap.TAPConfig(full_steps=8, orders=(1,))):
+            self.sample(pipe, num_inference_steps=steps)
+            assert (tap.report(pipe).steps, tap.report(pipe).full_steps) == (steps, 8)
 
 
 class TestSchedulersAndGuidance:

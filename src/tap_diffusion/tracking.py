@@ -86,10 +86,16 @@ class StepTracker:
 
     Args:
         schedulers: gives those that may be the one that is stepped, at each call anew since users replace them.
+        ends: index of the last of a scheduler's timesteps that its caller runs through, where it leaves some out at the
+            end; None where that can't be told.
     """
 
-    def __init__(self, schedulers: Callable[[], Iterable[Any]] = tuple) -> None:
-        self.schedulers = schedulers
+    def __init__(
+        self,
+        schedulers: Callable[[], Iterable[Any]] = tuple,
+        ends: Callable[[Tensor], int | None] = lambda _: None,
+    ) -> None:
+        self.schedulers, self._ends = schedulers, ends
         self._guessed = False  # whether it was trusted without agreeing on the time
         self._strangers = 0  # calls in a row with a conditioning never seen before
         self._trusted: Any = None  # the scheduler whose timesteps this trajectory runs through
@@ -111,6 +117,7 @@ class StepTracker:
         self._steps: int | None = None
         self._timeline: Timeline | None = None
         self._unread: str | None = None
+        self._end: int | None = None
 
     @uncompiled
     def locate(
@@ -247,10 +254,12 @@ class StepTracker:
         if told is not None:
             self._steps = None if told.steps is None else told.steps - told.step
             self._trusted = self._whose(time)
-        scheduler = self._trusted
+        idle = self._trusted is None
+        scheduler = self._idle_one() if idle else self._trusted
         if scheduler is None:
             return
-        first = _index(scheduler)
+        self._end = self._ends(scheduler.timesteps)
+        first = None if idle else _index(scheduler)
         if first is None:
             at = [i for i, t in enumerate(scheduler.timesteps.tolist()) if time.is_at(t)]
             first = at[0] if at else 0
@@ -318,15 +327,26 @@ class StepTracker:
             if self._runs_through(time):
                 self._idle = self._timesteps
                 self._go_by_time(self._idle)
-            if any(getattr(idle, "timesteps", None) is self._idle for idle in self.schedulers()):
+            if self._idle_one() is not None:
                 # Not stepped, but its timesteps are run through as long as they are the same ones.
-                return self._idle, time.position(), time.is_at(self._on_host(self._idle)[-1])
+                return self._idle, time.position(), self._is_at_last_of(self._idle, time)
             return None, time.position(), None
         index = _index(scheduler)
         if index is None:
             time.look_up(scheduler.timesteps, self._on_host(scheduler.timesteps))
-            return scheduler.timesteps, time.position(), time.is_at(self._on_host(scheduler.timesteps)[-1])
-        return scheduler.timesteps, -float(index), index == len(scheduler.timesteps) - 1
+            return scheduler.timesteps, time.position(), self._is_at_last_of(scheduler.timesteps, time)
+        last = len(scheduler.timesteps) - 1 if self._end is None else self._end
+        return scheduler.timesteps, -float(index), index == last
+
+    def _is_at_last_of(self, timesteps: Any, time: _Time) -> bool:
+        values = self._on_host(timesteps)
+        # A time of 1 may be the first, 1000 in thousandths, or a last timestep of 1.
+        last = values[-1 if self._end is None else self._end]
+        return time.is_at(last) and (len(values) == 1 or not time.is_at(values[0]))
+
+    def _idle_one(self) -> Any:
+        """The scheduler that is not stepped, though its timesteps are run through."""
+        return next((s for s in self.schedulers() if self._idle is not None and s.timesteps is self._idle), None)
 
     def _runs_through(self, time: _Time) -> bool:
         """Whether this is a later one of the current trajectory's timesteps, on which its scheduler does not stand."""
@@ -379,10 +399,12 @@ class Run(Generic[W]):
         is_busy: a call of it is under way.
     """
 
-    def __init__(self, work: W, schedulers: Iterable[Any]) -> None:
+    def __init__(self, work: W, schedulers: Iterable[Any], ends: Callable[[Tensor], int | None]) -> None:
         self.work = work
         self.candidates = [weak(scheduler) for scheduler in schedulers]
-        self.tracker = StepTracker(lambda: (s for s in (candidate() for candidate in self.candidates) if s is not None))
+        self.tracker = StepTracker(
+            lambda: (s for s in (candidate() for candidate in self.candidates) if s is not None), ends
+        )
         self.thread = threading.get_ident()
         self.ended = False
         self.is_busy = False
@@ -415,12 +437,18 @@ class Runs(Generic[W]):
         finish: is called with what carried out a run that is over.
         part: is called with what has carried out two runs that were thought to be one until now, the branch that is
             the second, and what is to go on with that, as the branch :data:`ONLY`.
+        ends: as for :class:`StepTracker`.
     """
 
     def __init__(
-        self, make: Callable[[], W], first: W, finish: Callable[[W], None], part: Callable[[W, str, W], None]
+        self,
+        make: Callable[[], W],
+        first: W,
+        finish: Callable[[W], None],
+        part: Callable[[W, str, W], None],
+        ends: Callable[[Tensor], int | None],
     ) -> None:
-        self._make, self._first, self._finish, self._part = make, first, finish, part
+        self._make, self._first, self._finish, self._part, self._ends = make, first, finish, part, ends
         self._runs: list[Run[W]] = []  # the one that was used last at the end
         self._lock = threading.RLock()
 
@@ -485,7 +513,7 @@ class Runs(Generic[W]):
         if len(without) >= _MOST_RUNS:
             self.end(without[0])
         used = any(run.work is self._first for run in self._runs)
-        return Run(self._make() if used else self._first, schedulers)
+        return Run(self._make() if used else self._first, schedulers, self._ends)
 
     def by(self, scheduler: Any) -> Run[W] | None:
         """The run of a scheduler."""

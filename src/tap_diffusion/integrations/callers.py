@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 _NAMED = "scheduler"  # part of the names of variables and attributes that hold one
 _MOST_FRAMES = 64
+_INNER = ("torch.", "accelerate.", "tap_diffusion.integrations", "tap_diffusion.tracking")
 _WITHOUT = (Tensor, nn.Module, str, int, float, list, dict, tuple, type, ModuleType, FunctionType)  # hold none
 
 
@@ -25,17 +26,52 @@ def schedulers() -> Iterator[Any]:
     Its variables come first, then attributes of its ``self``, then those of its other objects. What counts is the name
     and that there are ``timesteps`` and a method ``step``: users' own schedulers and wrappers need no base class.
     """
-    frame: FrameType | None = sys._getframe(1)
-    for _ in range(_MOST_FRAMES):
-        if frame is None:
-            return
+    for frame in _frames():
         seen: set[int] = set()
-        for scheduler in _of_frame(frame) if _may_hold(frame) else ():
+        for scheduler in _of_frame(frame):
             if id(scheduler) not in seen:
                 seen.add(id(scheduler))
                 yield scheduler
         if seen:
             return
+
+
+def end_of(timesteps: Tensor) -> int | None:
+    """Index of the last of a scheduler's timesteps that the nearest function runs through.
+
+    Image to image leaves out the first, and some pipelines the last. What they run through is a view of all.
+
+    Args:
+        timesteps: (S,), of the scheduler.
+
+    Returns:
+        None where no function on the stack holds such a view.
+    """
+    stride = timesteps.stride(0)
+    for frame in _frames():
+        ends = [
+            (view.storage_offset() - timesteps.storage_offset()) // stride + len(view) - 1
+            for view in frame.f_locals.values()
+            if isinstance(view, Tensor)
+            and view.ndim == 1
+            and len(view) > 0
+            and view.stride(0) == stride
+            and view.device == timesteps.device
+            and view.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
+        ]
+        if ends:
+            return min(ends)
+    return None
+
+
+def _frames() -> Iterator[FrameType]:
+    """Of this thread's callers that may hold a scheduler, the nearest first."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(_MOST_FRAMES):
+        if frame is None:
+            return
+        if _may_hold(frame):
+            yield frame
         frame = frame.f_back
 
 
@@ -46,10 +82,7 @@ def is_scheduler(value: Any) -> bool:
 
 def _may_hold(frame: FrameType) -> bool:
     """Whether this is a function outside of models and of torch: to look into variables costs more than to ask that."""
-    code = frame.f_code
-    return code.co_name != "forward" and (
-        not frame.f_globals.get("__name__", "").startswith(("torch.", "tap_diffusion.integrations", "accelerate."))
-    )
+    return frame.f_code.co_name != "forward" and not frame.f_globals.get("__name__", "").startswith(_INNER)
 
 
 def _of_frame(frame: FrameType) -> Iterator[Any]:

@@ -60,6 +60,7 @@ class TAPHook(NotCopied, Passes, ModelHook):
             self,
             finish=lambda passes: passes.engine.finish(),
             part=lambda passes, branch, other: other.engine.take(passes.engine, branch, ONLY),
+            ends=callers.end_of,
         )
         self.pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
         self.peers: list[TAPHook] = []
