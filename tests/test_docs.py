@@ -352,6 +352,18 @@ def an_overflow() -> str:
     return re.sub(r"^ *\d+ ", "", str(tap.report(pipe)).splitlines()[-1])
 
 
+def other_latents() -> str:
+    """Before step 4, which is to be predicted: 0, 1, 2 and 6 are full."""
+    pipe = build_pipeline()
+
+    def change(_: Any, step: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
+        return {name: x.roll(5, 1) if step == 3 else x for name, x in values.items()}
+
+    tap.enable(pipe, tap.TAPConfig.paper(interval=4))
+    sample(pipe, steps=8, callback_on_step_end=change)
+    return re.sub(r"^ *\d+ ", "", str(tap.report(pipe)).splitlines()[-1])
+
+
 def two_caches() -> None:
     transformer = build_transformer()
     transformer.enable_cache(FirstBlockCacheConfig())
@@ -397,6 +409,7 @@ def test_messages_are_quoted_as_they_come(monkeypatch: pytest.MonkeyPatch, tmp_p
     found = {
         told(lambda: enabled_and_run(steps=6)),
         told(an_overflow),
+        told(other_latents),
         told(lambda: tap.enable(MyTransformer())),
         told(lambda: tap.enable(HasUNet())),
         told(two_caches),
