@@ -34,6 +34,7 @@ from tap_diffusion import cli
 from tap_diffusion.bench.methods import registry
 from tap_diffusion.generate import Request
 from tap_diffusion.predictors import FAMILIES
+from tap_diffusion.selection import unexplained
 from tiny import build_pipeline, build_transformer, sample
 from zoo import build
 
@@ -404,6 +405,7 @@ def no_network(*_: Any, **__: Any) -> None:
 @pytest.mark.slow
 def test_messages_are_quoted_as_they_come(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each that the page quotes is provoked, and nothing else is quoted."""
+    monkeypatch.setattr("tap_diffusion.engine.unexplained", unexplained)  # conftest.py turns it off with the zoo
     preset = tap.TAPConfig(full_steps=(0, 9, 18), steps=50)
     out = ("--out", str(tmp_path))
     found = {
