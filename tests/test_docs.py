@@ -34,6 +34,7 @@ from tap_diffusion import cli
 from tap_diffusion.bench.methods import registry
 from tap_diffusion.generate import Request
 from tap_diffusion.predictors import FAMILIES
+from tap_diffusion.selection import unexplained
 from tiny import build_pipeline, build_transformer, sample
 from zoo import build
 
@@ -352,6 +353,18 @@ def an_overflow() -> str:
     return re.sub(r"^ *\d+ ", "", str(tap.report(pipe)).splitlines()[-1])
 
 
+def other_latents() -> str:
+    """Before step 4, which is to be predicted: 0, 1, 2 and 6 are full."""
+    pipe = build_pipeline()
+
+    def change(_: Any, step: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
+        return {name: x.roll(5, 1) if step == 3 else x for name, x in values.items()}
+
+    tap.enable(pipe, tap.TAPConfig.paper(interval=4))
+    sample(pipe, steps=8, callback_on_step_end=change)
+    return re.sub(r"^ *\d+ ", "", str(tap.report(pipe)).splitlines()[-1])
+
+
 def two_caches() -> None:
     transformer = build_transformer()
     transformer.enable_cache(FirstBlockCacheConfig())
@@ -392,11 +405,13 @@ def no_network(*_: Any, **__: Any) -> None:
 @pytest.mark.slow
 def test_messages_are_quoted_as_they_come(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each that the page quotes is provoked, and nothing else is quoted."""
+    monkeypatch.setattr("tap_diffusion.engine.unexplained", unexplained)  # conftest.py turns it off with the zoo
     preset = tap.TAPConfig(full_steps=(0, 9, 18), steps=50)
     out = ("--out", str(tmp_path))
     found = {
         told(lambda: enabled_and_run(steps=6)),
         told(an_overflow),
+        told(other_latents),
         told(lambda: tap.enable(MyTransformer())),
         told(lambda: tap.enable(HasUNet())),
         told(two_caches),

@@ -71,7 +71,7 @@ class History:
         """Hold the differences in host memory alone, until they are asked for."""
         if self._parked is None:
             self._parked = [_to_host(d) for d in self._probe], [_to_host(d) for d in self._residual]
-        self._probe, self._residual, self._gram = [], [], None
+        self._probe, self._residual, self._gram, self._mean_and_spread = [], [], None, None
 
     def _fetch(self) -> None:
         if self._parked is not None and not self._residual:
