@@ -91,6 +91,8 @@ class Engine:
             self._timeline, self._steps = call.timeline, call.steps
             self._planning = for_the_rest(self.config, call.steps, call.steps_before, call.full_before)
             self._even_clock()
+            if call.unread is not None and self.config.predicts:
+                self.report.notes.append(f"steps count alike and nothing is made up for: {call.unread}")
             self._warn_of_fresh_noise()
         self._pending.clear()
         doubt = self._doubts.get(call.branch)

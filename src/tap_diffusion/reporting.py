@@ -68,6 +68,7 @@ class Report:
         choices: of the predicted calls.
         calls: step, whether it ran in full, and a function that gives its time in milliseconds.
         trajectories: how many have begun since TAP was enabled, this one included.
+        notes: what else is worth knowing, such as why the scheduler's noise is not made use of.
     """
 
     trajectories: int = 0
@@ -75,6 +76,7 @@ class Report:
     fallbacks: Counter[str] = field(default_factory=Counter)
     choices: list[Choice] = field(default_factory=list)
     calls: list[tuple[int, bool, Callable[[], float]]] = field(default_factory=list, repr=False)
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def joined(cls, reports: Sequence[Report]) -> Report:
@@ -86,6 +88,7 @@ class Report:
             joined.choices += [replace(choice, step=offset + choice.step) for choice in report.choices]
             joined.fallbacks += report.fallbacks
             joined.cache_bytes += report.cache_bytes
+            joined.notes += [note for note in report.notes if note not in joined.notes]
         return joined
 
     @property
@@ -152,6 +155,7 @@ class Report:
         )  # fmt: skip
         return {name: getattr(self, name) for name in names} | {
             "fallbacks": dict(self.fallbacks),
+            "notes": list(self.notes),
             "choices": self.shares(),
         }
 
@@ -170,4 +174,5 @@ class Report:
             lines.append("  tokens by predictor: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
         for reason, count in self.fallbacks.items():
             lines.append(f"  {count} calls fell back to a full step: {reason}")
+        lines += [f"  {note}" for note in self.notes]
         return "\n".join(lines)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -88,14 +88,16 @@ class StepTracker:
         schedulers: gives those that may be the one that is stepped, at each call anew since users replace them.
         ends: index of the last of a scheduler's timesteps that its caller runs through, where it leaves some out at the
             end; None where that can't be told.
+        step_arguments: gives what the caller passes to the scheduler's ``step`` beside output, timestep and sample.
     """
 
     def __init__(
         self,
         schedulers: Callable[[], Iterable[Any]] = tuple,
         ends: Callable[[Tensor], int | None] = lambda _: None,
+        step_arguments: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
-        self.schedulers, self._ends = schedulers, ends
+        self.schedulers, self._ends, self._step_arguments = schedulers, ends, step_arguments
         self._guessed = False  # whether it was trusted without agreeing on the time
         self._strangers = 0  # calls in a row with a conditioning never seen before
         self._trusted: Any = None  # the scheduler whose timesteps this trajectory runs through
@@ -265,7 +267,7 @@ class StepTracker:
             first = at[0] if at else 0
         if told is None:
             self._steps = len(scheduler.timesteps) - first
-        reading = schedulers.read(scheduler, first)
+        reading = schedulers.read(scheduler, first, self._step_arguments())
         self._timeline, self._unread = reading.timeline, reading.unread
         if self._timeline is not None and len(self._timeline) != self._steps:
             self._timeline = None
@@ -399,11 +401,11 @@ class Run(Generic[W]):
         is_busy: a call of it is under way.
     """
 
-    def __init__(self, work: W, schedulers: Iterable[Any], ends: Callable[[Tensor], int | None]) -> None:
+    def __init__(self, work: W, schedulers: Iterable[Any], *asked: Callable[..., Any]) -> None:
         self.work = work
         self.candidates = [weak(scheduler) for scheduler in schedulers]
         self.tracker = StepTracker(
-            lambda: (s for s in (candidate() for candidate in self.candidates) if s is not None), ends
+            lambda: (s for s in (candidate() for candidate in self.candidates) if s is not None), *asked
         )
         self.thread = threading.get_ident()
         self.ended = False
@@ -437,7 +439,7 @@ class Runs(Generic[W]):
         finish: is called with what carried out a run that is over.
         part: is called with what has carried out two runs that were thought to be one until now, the branch that is
             the second, and what is to go on with that, as the branch :data:`ONLY`.
-        ends: as for :class:`StepTracker`.
+        ends, step_arguments: as for :class:`StepTracker`.
     """
 
     def __init__(
@@ -447,8 +449,10 @@ class Runs(Generic[W]):
         finish: Callable[[W], None],
         part: Callable[[W, str, W], None],
         ends: Callable[[Tensor], int | None],
+        step_arguments: Callable[[], Mapping[str, Any]],
     ) -> None:
-        self._make, self._first, self._finish, self._part, self._ends = make, first, finish, part, ends
+        self._make, self._first, self._finish, self._part = make, first, finish, part
+        self._asked = ends, step_arguments
         self._runs: list[Run[W]] = []  # the one that was used last at the end
         self._lock = threading.RLock()
 
@@ -513,7 +517,7 @@ class Runs(Generic[W]):
         if len(without) >= _MOST_RUNS:
             self.end(without[0])
         used = any(run.work is self._first for run in self._runs)
-        return Run(self._make() if used else self._first, schedulers, self._ends)
+        return Run(self._make() if used else self._first, schedulers, *self._asked)
 
     def by(self, scheduler: Any) -> Run[W] | None:
         """The run of a scheduler."""

@@ -172,7 +172,7 @@ class _Recorder(Engine):
         self.probes[call.branch + stream].append(probe.detach().clone())
         self.residuals[call.branch + stream].append((after - before).detach())
 
-    def _warn_if_without_effect(self) -> None:
+    def _say_how_it_went(self) -> None:
         """Every step is meant to be full."""
 
 

@@ -288,7 +288,7 @@ class FidelityEngine(Engine):
                 | {name: values[sample] for name, values in columns.items()}
             )
 
-    def _warn_if_without_effect(self) -> None:
+    def _say_how_it_went(self) -> None:
         """Every step is meant to be full."""
 
 

@@ -36,6 +36,18 @@ def schedulers() -> Iterator[Any]:
             return
 
 
+def step_arguments() -> dict[str, Any]:
+    """What the nearest function that holds a scheduler passes to its ``step``, such as ``eta``.
+
+    diffusers' pipelines keep it in a variable ``extra_step_kwargs``.
+    """
+    for frame in _frames():
+        if next(_of_frame(frame), None) is not None:
+            found = frame.f_locals.get("extra_step_kwargs")
+            return dict(found) if isinstance(found, dict) else {}
+    return {}
+
+
 def end_of(timesteps: Tensor) -> int | None:
     """Index of the last of a scheduler's timesteps that the nearest function runs through.
 

@@ -61,6 +61,7 @@ class TAPHook(NotCopied, Passes, ModelHook):
             finish=lambda passes: passes.engine.finish(),
             part=lambda passes, branch, other: other.engine.take(passes.engine, branch, ONLY),
             ends=callers.end_of,
+            step_arguments=callers.step_arguments,
         )
         self.pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
         self.peers: list[TAPHook] = []

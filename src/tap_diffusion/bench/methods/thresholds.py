@@ -61,7 +61,7 @@ class ThresholdEngine(Engine):
             raise Fallback("no finite anchor of this shape, dtype and device")
         return history
 
-    def _warn_if_without_effect(self) -> None:
+    def _say_how_it_went(self) -> None:
         """A threshold may be small enough for every step to be full."""
 
 
