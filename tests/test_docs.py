@@ -36,7 +36,7 @@ from tap_diffusion.generate import Request
 from tap_diffusion.predictors import FAMILIES
 from tap_diffusion.selection import unexplained
 from tiny import build_pipeline, build_transformer, sample
-from zoo import build
+from zoo import CASES, build, denoise
 
 ROOT = mkdocs_hooks.ROOT
 PAGES = mkdocs_hooks.markdown_files()
@@ -333,9 +333,9 @@ def told(action: Callable[[], Any]) -> str:
             return str(error)
 
 
-def enabled_and_run(part: str = "", steps: int = 20, config: tap.TAPConfig | None = None) -> Any:
+def enabled_and_run(steps: int = 20, config: tap.TAPConfig | None = None) -> Any:
     pipe = build_pipeline()
-    tap.enable(getattr(pipe, part) if part else pipe, config)
+    tap.enable(pipe, config)
     sample(pipe, steps=steps)
     return pipe
 
@@ -364,6 +364,12 @@ def other_latents() -> str:
     tap.enable(pipe, tap.TAPConfig.paper(interval=4))
     sample(pipe, steps=8, callback_on_step_end=change)
     return re.sub(r"^ *\d+ ", "", str(tap.report(pipe)).splitlines()[-1])
+
+
+def a_loop_without_scheduler() -> None:
+    transformer = build("WanTransformer3DModel")
+    tap.enable(transformer, tap.TAPConfig(full_steps=8))
+    denoise(transformer, CASES["WanTransformer3DModel"])
 
 
 def two_caches() -> None:
@@ -417,7 +423,7 @@ def test_messages_are_quoted_as_they_come(monkeypatch: pytest.MonkeyPatch, tmp_p
         told(lambda: tap.enable(HasUNet())),
         told(two_caches),
         told(lambda: copy.deepcopy(enabled_and_run().transformer)),
-        told(lambda: enabled_and_run("transformer", config=tap.TAPConfig(full_steps=8))),
+        told(a_loop_without_scheduler),
         told(lambda: enabled_and_run(config=preset)),
         told(lambda: tap.report(build_pipeline())),
         told(more_than_prompts),
