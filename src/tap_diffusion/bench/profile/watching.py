@@ -106,11 +106,11 @@ def _inside(model: nn.Module, forward: Callable[..., Any], watcher: Watcher, *ar
 
 @contextmanager
 def _steps(scheduler: Any, told: Callable[[], None]) -> Iterator[None]:
-    step = scheduler.step
+    step, tell = scheduler.step, _Tell(told)
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         result = step(*args, **kwargs)
-        told()
+        tell()
         return result
 
     scheduler.step = watched
@@ -118,6 +118,19 @@ def _steps(scheduler: Any, told: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         del scheduler.step
+
+
+class _Tell:
+    """Calls a function; a copy of it, with a scheduler that is copied to be tried out, calls nothing."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+
+    def __call__(self) -> None:
+        self._function()
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return _Tell(lambda: None)
 
 
 class EnoughError(Exception):
