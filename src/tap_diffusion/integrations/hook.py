@@ -87,7 +87,7 @@ class TAPHook(NotCopied, Passes, ModelHook):
             call = run.tracker.locate(
                 arguments[self.spec.timestep],
                 self._branch(),
-                arguments.get(self.spec.conditioning),
+                self._condition(arguments),
                 self.spec.rising,
                 self._told(),
             )
@@ -128,8 +128,12 @@ class TAPHook(NotCopied, Passes, ModelHook):
             self._known_schedulers,
             timestep,
             self.spec.rising,
-            arguments.get(self.spec.conditioning),
+            self._condition(arguments),
         )
+
+    def _condition(self, arguments: dict[str, Any]) -> Any:
+        """What conditions a call. Where ranks split it on its way in, it is another object at each call: no sign."""
+        return arguments.get(self.spec.conditioning) if self._parallelism is None else None
 
     def _known_schedulers(self) -> list[Any]:
         """Of the pipelines that TAP was told of. Users replace them, so they are looked up anew."""
