@@ -24,7 +24,7 @@ from tap_diffusion.generate import Request, psnr
 from tap_diffusion.integrations.api import hooks
 from tiny import TOKENS, build_pipeline, build_transformer, engine_of, sample
 from zoo import CASES, Conditions, build, denoise, evaluate, start
-from zoo.checks import CONFIG
+from zoo.checks import CONFIG, trace
 
 FAMILIES = pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel"])
 
@@ -589,6 +589,16 @@ def test_blocks_that_something_else_has_replaced(pipe: Any) -> None:
     pipe.transformer.transformer_blocks[0] = Cached(pipe.transformer.transformer_blocks[0])
     with tap.enabled(pipe, CONFIG), pytest.raises(tap.UnsupportedModelError, match="is a Cached without norm1"):
         sample(pipe)
+
+
+def test_a_forward_that_can_not_be_seen_through_is_refused_without_a_trace() -> None:
+    model = build("FluxTransformer2DModel")
+    own = model.forward
+    model.forward = lambda *args, **kwargs: own(*args, **kwargs)
+    before = trace(model)
+    with pytest.raises(tap.UnsupportedModelError, match="has been replaced by"):
+        tap.enable(model, CONFIG)
+    assert trace(model) == before
 
 
 def test_one_graph_of_the_whole_transformer() -> None:

@@ -242,6 +242,8 @@ def _beneath_accelerate(module: Any) -> Iterator[None]:
         yield
         return
     module.forward = module._old_forward
-    yield
-    module._old_forward = module.forward
-    module.forward = offloaded
+    try:
+        yield
+    finally:
+        module._old_forward = module.forward
+        module.forward = offloaded

@@ -273,12 +273,12 @@ def register(hook: TAPHook, module: nn.Module, name: str) -> None:
     Raises:
         UnsupportedModelError: something else than a method of the module is its forward.
     """
-    registry: Any = HookRegistry.check_if_exists_or_initialize(module)
-    references = registry._fn_refs
+    references = getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", [])
     if not references:
-        unbound(module.forward, module)
-        registry.register_hook(hook, name)
+        unbound(module.forward, module)  # before there is a registry, which would stay behind
+        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
         return
+    registry: Any = module._diffusers_hook
     inner = references[0]
     place = "forward" if inner.original_forward is None else "original_forward"
     innermost, outermost = getattr(inner, place), module.forward
