@@ -47,22 +47,18 @@ def _disabled(function: F, recursive: bool) -> F:
     def later(*args: Any, **kwargs: Any) -> Any:
         nonlocal disabled
         if disabled is None:
-            if not _dynamo_is_here():
+            if "torch._dynamo" not in sys.modules:
                 return function(*args, **kwargs)
             disabled = disable()
         return disabled(*args, **kwargs)
 
-    if _dynamo_is_here() or not _leave_out(later.__code__):
+    if "torch._dynamo" in sys.modules or not _leave_out(later.__code__):
         now: F = disable()
         return now
     # A compiled caller looks at these, as at those of torch.compiler.disable.
     later._torchdynamo_disable = True  # type: ignore[attr-defined]
     later._torchdynamo_disable_msg = _REASON.get("reason")  # type: ignore[attr-defined]
     return later  # type: ignore[return-value]
-
-
-def _dynamo_is_here() -> bool:
-    return "torch._dynamo" in sys.modules
 
 
 def _leave_out(code: CodeType) -> bool:
