@@ -7,7 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from types import CodeType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -52,13 +52,13 @@ def _disabled(function: F, recursive: bool) -> F:
             disabled = disable()
         return disabled(*args, **kwargs)
 
-    if "torch._dynamo" in sys.modules or not _leave_out(later.__code__):
+    if "torch._dynamo" in sys.modules or not _leave_out(later.__code__):  # type: ignore[attr-defined]
         now: F = disable()
         return now
     # A compiled caller looks at these, as at those of torch.compiler.disable.
     later._torchdynamo_disable = True  # type: ignore[attr-defined]
     later._torchdynamo_disable_msg = _REASON.get("reason")  # type: ignore[attr-defined]
-    return later  # type: ignore[return-value]
+    return cast(F, later)
 
 
 def _leave_out(code: CodeType) -> bool:
@@ -66,7 +66,7 @@ def _leave_out(code: CodeType) -> bool:
 
     Torch has no public way to say it without the import of torch._dynamo. This is what its own ``skip_code`` does.
     """
-    frames = sys.modules.get("torch._C._dynamo.eval_frame")
+    frames: Any = sys.modules.get("torch._C._dynamo.eval_frame")
     if hasattr(frames, "skip_code"):  # until 2.6 or so
         frames.skip_code(code)
     elif hasattr(frames, "set_code_exec_strategy"):
