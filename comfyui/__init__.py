@@ -112,18 +112,13 @@ class TAPAccelerate:
         """Run the node. Raises ConfigError, or UnsupportedModelError for a model of another class."""
         if not enabled:
             return (model,)
-        # ComfyUI checks what is typed in, but not what comes from another node.
-        _check_bounds(speedup=speedup, full_steps=full_steps, start_percent=start_percent, end_percent=end_percent)
-        if start_percent >= end_percent:
-            raise ConfigError(
-                f"start_percent is {start_percent:g} and end_percent {end_percent:g}, so no step can be predicted."
-                " Raise end_percent, or switch the node off with enabled"
-            )
+        _check_bounds(speedup=speedup, full_steps=full_steps)
         settings = _config(speedup, full_steps, config)
         return (accelerate(model, settings, start_percent=start_percent, end_percent=end_percent),)
 
 
 def _check_bounds(**values: float) -> None:
+    """ComfyUI checks what is typed in, but not what comes from another node."""
     for name, value in values.items():
         _, options = TAPAccelerate.INPUT_TYPES()["required"][name]
         if not options["min"] <= value <= options["max"]:
