@@ -20,3 +20,4 @@ sys.path.insert(0, str(COMFYUI))
 from comfy.cli_args import args
 
 args.cpu = True
+args.use_pytorch_cross_attention = True  # as on a GPU
