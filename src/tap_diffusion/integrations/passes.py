@@ -38,10 +38,14 @@ class Passes:
         config: see :class:`TAPConfig`.
         spec: of the transformer's class.
         ranks: the processes that share its tokens, where there are several.
+
+    Attributes:
+        left_alone: why this trajectory's calls are to run as if TAP were not there; None: they are not.
     """
 
     def __init__(self, config: TAPConfig, spec: TransformerSpec, ranks: Ranks | None = None) -> None:
         self.spec = spec
+        self.left_alone: str | None = None
         if config.windows is None:
             config = replace(config, windows="growing" if spec.video else "even")
         self.engine = Engine(config, ranks)
@@ -86,6 +90,11 @@ class Passes:
         """Run the model's own forward and record probe features and residuals."""
         if not self.engine.config.predicts:
             return forward(depth.module, ())
+        if self.left_alone is not None:
+            output = forward(depth.module, ())
+            for call in calls:
+                self.engine.lose(call, self.left_alone)
+            return output
         self.engine.park()
         before: Streams = {}
         probes: Streams = {}
