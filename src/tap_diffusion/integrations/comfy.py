@@ -37,25 +37,67 @@ KEY = "tap_diffusion"  # of wrappers, of the attachment, and of the run among a 
 
 _log = logging.getLogger(__name__)
 
-# ComfyUI's classes, comfy/ldm/**/model.py and mmdit.py. Of some attentions only the parts are called: there the
-# modulated input is what enters the first linear layer.
-_DOUBLE_SINGLE = TransformerSpec(
-    ("double_blocks", "single_blocks"), (Stream("img", "final_layer"),), outputs=("img", "txt"),
-    attention="img_attn.qkv",
-)  # fmt: skip
+# ComfyUI's classes, comfy/ldm/**. Of some attentions only the parts are called: there the modulated input is what
+# enters the first linear layer.
+_spec, _video = TransformerSpec, partial(TransformerSpec, video=True)
+_DOUBLE_SINGLE: dict[str, Any] = {
+    "blocks": ("double_blocks", "single_blocks"), "streams": (Stream("img", "final_layer"),),
+    "outputs": ("img", "txt"), "attention": "img_attn.qkv",
+}  # fmt: skip
+_wan = partial(_video, ("blocks",), (Stream("x", "head"),), attention="self_attn")
 SPECS: dict[str, TransformerSpec] = {
-    "Flux": _DOUBLE_SINGLE,
-    "HunyuanVideo": replace(_DOUBLE_SINGLE, video=True),
-    "QwenImageTransformer2DModel": TransformerSpec(
+    "Flux": _spec(**_DOUBLE_SINGLE),
+    "Chroma": _spec(**_DOUBLE_SINGLE),
+    # Its head is a small network that takes the stream in the second place.
+    "ChromaRadiance": _spec(**_DOUBLE_SINGLE | {"streams": (Stream("img", behind_text=True),)}),
+    "HunyuanVideo": _video(**_DOUBLE_SINGLE),
+    "Hunyuan3Dv2": _spec(**_DOUBLE_SINGLE),
+    "QwenImageTransformer2DModel": _spec(
         ("transformer_blocks",), (Stream("hidden_states", "norm_out"),),
         outputs=("encoder_hidden_states", "hidden_states"), attention="attn",
     ),
-    "WanModel": TransformerSpec(("blocks",), (Stream("x", "head"),), attention="self_attn", video=True),
-    "OpenAISignatureMMDITWrapper": TransformerSpec(  # SD3
+    "NextDiT": _spec(("layers",), (Stream("x", "final_layer"),), attention="attention.qkv"),
+    "HiDreamImageTransformer2DModel": _spec(
+        ("double_stream_blocks", "single_stream_blocks"), (Stream("image_tokens", "final_layer"),),
+        outputs=("image_tokens", "text_tokens"), attention="block.attn1",
+    ),
+    "OmniGen2Transformer2DModel": _spec(("layers",), (Stream("hidden_states", "norm_out"),), attention="attn"),
+    "OpenAISignatureMMDITWrapper": _spec(  # SD3
         ("joint_blocks",), (Stream("x", "final_layer"),), arguments=("context", "x"), outputs=("context", "x"),
         attention="x_block.attn.qkv",
     ),
+    "MMDiT": _spec(  # AuraFlow, where a modulation comes before the first layer of the head
+        ("double_layers", "single_layers"), (Stream("x", behind_text=True),), outputs=("c", "x"), attention="attn.w2q",
+    ),
+    "PixArtMS": _spec(("blocks",), (Stream("x", "final_layer"),), attention="attn"),
+    "HunYuanDiT": _spec(("blocks",), (Stream("x", "final_layer"),), attention="attn1"),
+    "HunYuanDiTPlain": _spec(("blocks",), (Stream("hidden_states", "final_layer"),), attention="attn1"),
+    "WanModel": _wan(),
+    "VaceWanModel": _wan(bypassed={"vace_blocks": ("c", "c")}),
+    "CameraWanModel": _wan(),
+    "HumoWanModel": _wan(),
+    "AnimateWanModel": _wan(full_only=("face_pixel_values",)),
+    "WanModel_S2V": _wan(full_only=("audio_embed",)),
+    "LTXVModel": _video(("transformer_blocks",), (Stream("x", "norm_out"),), attention="attn1"),
+    "MiniTrainDIT": _video(("blocks",), (Stream("x_B_T_H_W_D", "final_layer"),), attention="self_attn"),
+    "AsymmDiTJoint": _video(
+        ("blocks",), (Stream("x", "final_layer"),), outputs=("x", "y"), attention="attn.qkv_x",
+    ),
+    "ACEStepTransformer2DModel": _spec(
+        ("transformer_blocks",), (Stream("hidden_states", "final_layer"),), attention="attn",
+    ),
+    "AudioDiffusionTransformer": _spec(
+        ("transformer.layers",), (Stream("x", "transformer.project_out"),), attention="self_attn",
+    ),
 }  # fmt: skip
+
+_NO_TRANSFORMER = "TAP needs a transformer, whose blocks share one residual stream"
+REFUSED: dict[str, str] = {
+    "GeneralDIT": "the blocks of Cosmos 1 are no list, and its tokens come before the samples of a batch",
+    "UNetModel": f"it is a U-Net; {_NO_TRANSFORMER}",
+    "StageB": f"Stable Cascade is a U-Net; {_NO_TRANSFORMER}",
+    "StageC": f"Stable Cascade is a U-Net; {_NO_TRANSFORMER}",
+}
 
 _OTHER_CACHES = {  # by keys of their wrappers and of a run's transformer options
     "easycache": "EasyCache", "lazycache": "LazyCache", "rel_l1_thresh": "TeaCache", "cache_dit_turbo": "CacheDiT",
@@ -96,7 +138,7 @@ def accelerate(
             f"start_percent={start_percent:g} and end_percent={end_percent:g}: give 0 ≤ start_percent < end_percent ≤ 1"
         )
     module = unwrapped(model.get_model_object("diffusion_model"))
-    accelerator = _Accelerator(config or TAPConfig(), spec or _spec(module), (start_percent, end_percent))
+    accelerator = _Accelerator(config or TAPConfig(), spec or _spec_of(module), (start_percent, end_percent))
     accelerator.depth(module)  # raises where this one lacks what its class should have
     clone = model.clone()
     for place, wrapper in (
@@ -315,9 +357,10 @@ class _Lane(Passes):
             self._depth.attach()
         depth = self._depth
 
-        def run(model: nn.Module, _: Sequence[str]) -> Any:
+        def run(model: nn.Module, without: Sequence[str]) -> Any:
+            given = {name: value for name, value in forward.keywords.items() if name not in without}
             with nullcontext() if model is self._module else depth.lent(model):
-                return forward()
+                return forward.func(*forward.args, **given)
 
         return self.run(depth, calls, run, device)
 
@@ -418,8 +461,10 @@ def _refuse_other_caches(transformer_options: dict[str, Any]) -> None:
         )
 
 
-def _spec(module: nn.Module) -> TransformerSpec:
+def _spec_of(module: nn.Module) -> TransformerSpec:
     name = type(module).__name__
+    if name in REFUSED:
+        raise UnsupportedModelError(f"TAP can't accelerate {name}: {REFUSED[name]}")
     if name not in SPECS:
         raise UnsupportedModelError(
             f"TAP does not know this model's class, {name}; of ComfyUI's it knows {', '.join(sorted(SPECS))}"
