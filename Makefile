@@ -4,11 +4,12 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+COMFYUI := .venv-comfyui
 
-.PHONY: help demo bench test quick lint docs clean
+.PHONY: help demo bench test test-comfyui quick lint docs clean
 
 help: ## show this
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -24,6 +25,15 @@ bench: $(INSTALLED) ## TAP against a few rivals on the embedded model, minutes; 
 test: $(INSTALLED) ## the whole test suite
 	$(BIN)/pytest
 
+$(COMFYUI)/.installed: pyproject.toml constraints.txt tests/comfyui/requirements.txt tests/comfyui/get_comfyui.py
+	$(PYTHON) -m venv $(COMFYUI)
+	$(COMFYUI)/bin/pip install --quiet -c constraints.txt $(PIP_ARGS) -e . pytest pytest-xdist -r tests/comfyui/requirements.txt
+	$(COMFYUI)/bin/python tests/comfyui/get_comfyui.py $(COMFYUI)/comfyui
+	touch $@
+
+test-comfyui: $(COMFYUI)/.installed ## the node against the real ComfyUI, in an environment of its own
+	OMP_NUM_THREADS=1 $(COMFYUI)/bin/pytest --confcutdir tests/comfyui tests/comfyui
+
 quick: $(INSTALLED) ## the tests that take under two minutes together
 	$(BIN)/pytest -m "not slow"
 
@@ -36,4 +46,4 @@ docs: $(INSTALLED) ## the documentation, into out/site; `.venv/bin/mkdocs serve`
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean: ## remove the environment and all output
-	rm -rf .venv out dist
+	rm -rf .venv $(COMFYUI) out dist

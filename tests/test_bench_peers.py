@@ -231,7 +231,7 @@ def test_diffusers_takes_what_it_knows() -> None:
 def test_tap_refuses_to_work_with_cache_dit(on_flux: Setting) -> None:
     with (
         variants(on_flux, "cache-dit")[0].applied(on_flux.pipe),
-        pytest.raises(ValueError, match=r"FluxTransformer2DModel uses cache-dit.*cache_dit.disable_cache"),
+        pytest.raises(ValueError, match=r"FluxTransformer2DModel: cache-dit.*cache_dit.disable_cache"),
     ):
         tap.enable(on_flux.pipe)
 

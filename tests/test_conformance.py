@@ -10,8 +10,9 @@ import torch
 
 import tap_diffusion as tap
 from tap_diffusion.engine import Engine
-from tap_diffusion.integrations.depth import Depth
+from tap_diffusion.integrations.depth import Depth, Guise
 from tap_diffusion.integrations.models import SPECS
+from tap_diffusion.integrations.passes import Passes
 from tap_diffusion.tracking import StepTracker
 from zoo import CASES, checks, class_of
 
@@ -70,6 +71,10 @@ def _hooks_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Depth, "detach", lambda self: None)
 
 
+def _full_steps_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Passes, "_run_in_full", torch.no_grad()(Passes._run_in_full))
+
+
 def _latents_embedded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FluxTransformer2DModel", "WanTransformer3DModel"):
         monkeypatch.setitem(SPECS, name, dataclasses.replace(SPECS[name], unread=("x_embedder", "patch_embedding")))
@@ -85,6 +90,7 @@ def _latents_embedded_once(monkeypatch: pytest.MonkeyPatch) -> None:
         (_one_branch_for_all, checks.check_branches),
         (_anchors_not_reset, checks.check_repeatable),
         (_hooks_left_behind, checks.check_off),
+        (_full_steps_without_gradients, checks.check_full_step),
         (_latents_embedded_once, checks.check_unread),
     ],
 )
@@ -92,3 +98,9 @@ def test_the_suite_notices(name: str, fault: Fault, check: checks.Check, monkeyp
     fault(monkeypatch)
     with pytest.raises((AssertionError, AttributeError, ValueError, tap.TAPWarning)):
         check(name)
+
+
+def test_the_suite_notices_a_head_that_no_scale_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Guise, "named_modules", lambda self, *_, **__: iter([("", self)]))
+    with pytest.raises(AssertionError, match="relative error"):
+        checks.check_full_step("FluxTransformer2DModel")

@@ -342,21 +342,26 @@ class TestPromise6:
             tap.enable(pipe)
 
     def test_another_cache_is_applied_by_a_function(self, pipe: Any) -> None:
-        with tap.enabled(pipe):
-            apply_first_block_cache(pipe.transformer, FirstBlockCacheConfig())
-            with pytest.raises(ValueError, match=r"FBCHeadBlockHook, which can't be combined.*load the model anew"):
-                sample(pipe)
-        with pytest.raises(ValueError, match="FBCHeadBlockHook"):
+        apply_first_block_cache(pipe.transformer, FirstBlockCacheConfig())
+        with pytest.raises(ValueError, match=r"FBCHeadBlockHook is at work on it; load the model anew"):
             tap.enable(pipe)
 
-    def test_another_cache_is_enabled_later(self, pipe: Any) -> None:
+    def test_another_cache_is_applied_later(self, pipe: Any) -> None:
+        """TAP steps back, and the other works as if it were alone."""
         fresh = sample(pipe)
+        cache = FirstBlockCacheConfig(threshold=0.5)
+        pipe.transformer.enable_cache(cache)
+        others = sample(pipe)
+        pipe.transformer.disable_cache()
         with tap.enabled(pipe):
-            pipe.transformer.enable_cache(FirstBlockCacheConfig())
-            with pytest.raises(ValueError, match=r"FirstBlockCacheConfig.*disable_cache"):
-                sample(pipe)
+            pipe.transformer.enable_cache(cache)
+            for _ in range(2):  # said in each run
+                with pytest.warns(TAPWarning, match=r"no step.*FirstBlockCacheConfig is at work.*disable_cache"):
+                    assert torch.equal(sample(pipe), others)
+            assert tap.report(pipe).full_steps == tap.report(pipe).steps
             pipe.transformer.disable_cache()
             assert not torch.equal(sample(pipe), fresh)
+        assert not torch.equal(others, fresh)
         assert torch.equal(sample(pipe), fresh)
 
     @pytest.mark.parametrize("config", [{"speedup": 5}, tap.TAPConfig, 5])

@@ -92,7 +92,7 @@ class TAPHook(NotCopied, Passes, ModelHook):
                 self._told(),
             )
             if call.starts_trajectory:
-                refuse_other_caches(module)
+                run.work.left_alone = other_cache(module)
                 call = self._after_others(run, call)
 
             def forward(model: nn.Module, without: Sequence[str]) -> Any:
@@ -317,9 +317,16 @@ def unbound(forward: Any, module: nn.Module) -> Callable[..., Any]:
     )
 
 
-@uncompiled
 def refuse_other_caches(module: nn.Module) -> None:
     """Raise ValueError where another cache works on the module: each would take the other's guesses for the truth."""
+    found = other_cache(module)
+    if found is not None:
+        raise ValueError(f"TAP can't be enabled on this {type(module).__name__}: {found}")
+
+
+@uncompiled
+def other_cache(module: nn.Module) -> str | None:
+    """What other cache works on a module, and how to end that; None where there is none."""
     hooks = [hook for part in module.modules() for hook in _hooks(part)]
     others = [hook for hook in hooks if hook._is_stateful and not isinstance(hook, TAPHook)]
     if getattr(module, "is_cache_enabled", False):
@@ -329,8 +336,8 @@ def refuse_other_caches(module: nn.Module) -> None:
     elif others:  # by one of diffusers' apply_... functions, which leave nothing to undo it by
         name, remedy = f"diffusers' {type(others[0]).__name__}", "load the model anew"
     else:
-        return
-    raise ValueError(f"{type(module).__name__} uses {name}, which can't be combined with TAP; {remedy}")
+        return None
+    return f"{name} is at work on it; {remedy}"
 
 
 def _hooks(module: nn.Module) -> list[ModelHook]:

@@ -38,13 +38,15 @@ class Passes:
         config: see :class:`TAPConfig`.
         spec: of the transformer's class.
         ranks: the processes that share its tokens, where there are several.
+
+    Attributes:
+        left_alone: why this trajectory's calls are to run as if TAP were not there; None: they are not.
     """
 
     def __init__(self, config: TAPConfig, spec: TransformerSpec, ranks: Ranks | None = None) -> None:
         self.spec = spec
-        if config.windows is None:
-            config = replace(config, windows="growing" if spec.video else "even")
-        self.engine = Engine(config, ranks)
+        self.left_alone: str | None = None
+        self.engine = Engine(settled(config, spec), ranks)
 
     @uncompiled_itself
     def run(self, depth: Depth, calls: Sequence[Call], forward: Forward, device: torch.device) -> Any:
@@ -86,6 +88,11 @@ class Passes:
         """Run the model's own forward and record probe features and residuals."""
         if not self.engine.config.predicts:
             return forward(depth.module, ())
+        if self.left_alone is not None:
+            output = forward(depth.module, ())
+            for call in calls:
+                self.engine.lose(call, self.left_alone)
+            return output
         self.engine.park()
         before: Streams = {}
         probes: Streams = {}
@@ -212,6 +219,11 @@ class Passes:
 
     def _untokens(self, x: Tensor, like: Tensor) -> Tensor:
         return (x.transpose(0, 1) if self.spec.tokens_first else x).reshape(like.shape)
+
+
+def settled(config: TAPConfig, spec: TransformerSpec) -> TAPConfig:
+    """A configuration with what it leaves to the model's class."""
+    return config if config.windows else replace(config, windows="growing" if spec.video else "even")
 
 
 @uncompiled
