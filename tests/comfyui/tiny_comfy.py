@@ -261,8 +261,8 @@ MODELS: dict[str, Tiny] = {
     "Lumina2": Tiny(_LUMINA, _PICTURE),
     "ZImage": Tiny(
         _LUMINA | {
-            "dim": 256, "n_heads": 8, "n_kv_heads": 8, "axes_dims": [8, 12, 12], "z_image_modulation": True, "time_scale": 1000.0,
-            "pad_tokens_multiple": 8,
+            "dim": 256, "n_heads": 8, "n_kv_heads": 8, "axes_dims": [8, 12, 12], "z_image_modulation": True,
+            "time_scale": 1000.0, "pad_tokens_multiple": 8,
         },
         _PICTURE,
     ),
