@@ -28,14 +28,20 @@ def sample(
     cfg: float = 3.0,
     denoise: float = 1.0,
     batch: int = 1,
+    size: tuple[int, ...] | None = None,
     positive: Conditioning | None = None,
     negative: Conditioning | None = None,
     seed: int = 3,
     **more: Any,
 ) -> Tensor:
-    """What a run makes of noise, or of a latent where ``denoise`` is below 1."""
+    """What a run makes of noise, or of a latent where ``denoise`` is below 1.
+
+    Args:
+        size: of the latent, without the batch, where it is not the model's usual one.
+        more: for ``comfy.sample.sample``.
+    """
     tiny = MODELS[name]
-    x = noise(batch, *tiny.latent, seed=seed)
+    x = noise(batch, *(size or tiny.latent), seed=seed)
     latent = torch.zeros_like(x) if denoise == 1 else noise(*x.shape, seed=seed + 1)
     positive, negative = positive or tiny.condition(1), negative or tiny.condition(2)
     result: Tensor = comfy_sample.sample(
