@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 
 class ConfigError(ValueError):
@@ -22,8 +25,25 @@ class UsageError(ValueError):
     """A value given on the command line can't be used. The message names it and what is allowed."""
 
 
+_tell: ContextVar[Callable[[str], None] | None] = ContextVar("tell", default=None)
+
+
+@contextmanager
+def told_by(tell: Callable[[str], None]) -> Iterator[None]:
+    """Within this, :func:`warn` gives its messages to a host's logger, and not to Python's warnings."""
+    token = _tell.set(tell)
+    try:
+        yield
+    finally:
+        _tell.reset(token)
+
+
 def warn(message: str) -> None:
     """Warn of something in this run. Python shows the same warning once in a process; this one once each time."""
+    tell = _tell.get()
+    if tell is not None:
+        tell(message)
+        return
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_INNER):
         frame = frame.f_back

@@ -122,6 +122,12 @@ class Report:
         return len(self.calls) / self.full_calls if self.full_calls else float("nan")
 
     @property
+    def times_faster(self) -> float:
+        """How many times as long full steps alone would have taken in the transformer; nan where there is none."""
+        total = sum(milliseconds() for _, _, milliseconds in self.calls)
+        return self.steps * self.full_step_ms / total if total else float("nan")
+
+    @property
     def full_step_ms(self) -> float:
         """Median time in the transformer per full step; nan where there is none."""
         return self._step_ms(full=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
@@ -24,11 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from tap_diffusion.config import TAPConfig
-from tap_diffusion.errors import TAPWarning, UnsupportedModelError
+from tap_diffusion.errors import ConfigError, UnsupportedModelError, told_by, warn
 from tap_diffusion.integrations.depth import Depth, unwrapped
 from tap_diffusion.integrations.models import Stream, TransformerSpec
-from tap_diffusion.integrations.passes import Passes
+from tap_diffusion.integrations.passes import Passes, settled
+from tap_diffusion.integrations.rehearsal import NotPlannedError, Rehearsal, rehearse, step_at
 from tap_diffusion.reporting import Report
+from tap_diffusion.schedule import plan
 from tap_diffusion.timeline import Timeline
 from tap_diffusion.tracking import Call
 
@@ -36,39 +37,82 @@ KEY = "tap_diffusion"  # of wrappers, of the attachment, and of the run among a 
 
 _log = logging.getLogger(__name__)
 
-# ComfyUI's classes, comfy/ldm/**/model.py and mmdit.py. Of some attentions only the parts are called: there the
-# modulated input is what enters the first linear layer.
-_DOUBLE_SINGLE = TransformerSpec(
-    ("double_blocks", "single_blocks"), (Stream("img", "final_layer"),), outputs=("img", "txt"),
-    attention="img_attn.qkv",
-)  # fmt: skip
+# ComfyUI's classes, comfy/ldm/**. Of some attentions only the parts are called: there the modulated input is what
+# enters the first linear layer.
+_spec, _video = TransformerSpec, partial(TransformerSpec, video=True)
+_DOUBLE_SINGLE: dict[str, Any] = {
+    "blocks": ("double_blocks", "single_blocks"), "streams": (Stream("img", "final_layer"),),
+    "outputs": ("img", "txt"), "attention": "img_attn.qkv",
+}  # fmt: skip
+_wan = partial(_video, ("blocks",), (Stream("x", "head"),), attention="self_attn")
 SPECS: dict[str, TransformerSpec] = {
-    "Flux": _DOUBLE_SINGLE,
-    "HunyuanVideo": replace(_DOUBLE_SINGLE, video=True),
-    "QwenImageTransformer2DModel": TransformerSpec(
+    "Flux": _spec(**_DOUBLE_SINGLE),
+    "Chroma": _spec(**_DOUBLE_SINGLE),
+    # Its head is a small network that takes the stream in the second place.
+    "ChromaRadiance": _spec(**_DOUBLE_SINGLE | {"streams": (Stream("img", behind_text=True),)}),
+    "HunyuanVideo": _video(**_DOUBLE_SINGLE),
+    "Hunyuan3Dv2": _spec(**_DOUBLE_SINGLE),
+    "QwenImageTransformer2DModel": _spec(
         ("transformer_blocks",), (Stream("hidden_states", "norm_out"),),
         outputs=("encoder_hidden_states", "hidden_states"), attention="attn",
     ),
-    "WanModel": TransformerSpec(("blocks",), (Stream("x", "head"),), attention="self_attn", video=True),
-    "OpenAISignatureMMDITWrapper": TransformerSpec(  # SD3
+    "NextDiT": _spec(("layers",), (Stream("x", "final_layer"),), attention="attention.qkv"),
+    "HiDreamImageTransformer2DModel": _spec(
+        ("double_stream_blocks", "single_stream_blocks"), (Stream("image_tokens", "final_layer"),),
+        outputs=("image_tokens", "text_tokens"), attention="block.attn1",
+    ),
+    "OmniGen2Transformer2DModel": _spec(("layers",), (Stream("hidden_states", "norm_out"),), attention="attn"),
+    "OpenAISignatureMMDITWrapper": _spec(  # SD3
         ("joint_blocks",), (Stream("x", "final_layer"),), arguments=("context", "x"), outputs=("context", "x"),
         attention="x_block.attn.qkv",
     ),
+    "MMDiT": _spec(  # AuraFlow, where a modulation comes before the first layer of the head
+        ("double_layers", "single_layers"), (Stream("x", behind_text=True),), outputs=("c", "x"), attention="attn.w2q",
+    ),
+    "PixArtMS": _spec(("blocks",), (Stream("x", "final_layer"),), attention="attn"),
+    "HunYuanDiT": _spec(("blocks",), (Stream("x", "final_layer"),), attention="attn1"),
+    "HunYuanDiTPlain": _spec(("blocks",), (Stream("hidden_states", "final_layer"),), attention="attn1"),
+    "WanModel": _wan(),
+    "VaceWanModel": _wan(bypassed={"vace_blocks": ("c", "c")}),
+    "CameraWanModel": _wan(),
+    "HumoWanModel": _wan(),
+    "AnimateWanModel": _wan(full_only=("face_pixel_values",)),
+    "WanModel_S2V": _wan(full_only=("audio_embed",)),
+    "LTXVModel": _video(("transformer_blocks",), (Stream("x", "norm_out"),), attention="attn1"),
+    "MiniTrainDIT": _video(("blocks",), (Stream("x_B_T_H_W_D", "final_layer"),), attention="self_attn"),
+    "AsymmDiTJoint": _video(
+        ("blocks",), (Stream("x", "final_layer"),), outputs=("x", "y"), attention="attn.qkv_x",
+    ),
+    "ACEStepTransformer2DModel": _spec(
+        ("transformer_blocks",), (Stream("hidden_states", "final_layer"),), attention="attn",
+    ),
+    "AudioDiffusionTransformer": _spec(
+        ("transformer.layers",), (Stream("x", "transformer.project_out"),), attention="self_attn",
+    ),
 }  # fmt: skip
 
-# Functions of comfy/k_diffusion/sampling.py. All steps of these are x + (σ' - σ) F, which hindsight takes for granted.
-_FIRST_ORDER = frozenset({"sample_euler"})
-# These evaluate the model once per step, so that steps can be counted. Elsewhere σ is read, which waits for a GPU.
-_ONE_EVALUATION = _FIRST_ORDER | {
-    "sample_euler_ancestral", "sample_lms", "sample_ddpm", "sample_lcm", "sample_ipndm", "sample_ipndm_v",
-    "sample_deis", "sample_dpmpp_2m", "sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde", "sample_res_multistep",
-    "sample_gradient_estimation",
+_NO_TRANSFORMER = "TAP needs a transformer, whose blocks share one residual stream"
+REFUSED: dict[str, str] = {
+    "GeneralDIT": "the blocks of Cosmos 1 are no list, and its tokens come before the samples of a batch",
+    "UNetModel": f"it is a U-Net; {_NO_TRANSFORMER}",
+    "StageB": f"Stable Cascade is a U-Net; {_NO_TRANSFORMER}",
+    "StageC": f"Stable Cascade is a U-Net; {_NO_TRANSFORMER}",
+}
+
+_OTHER_CACHES = {  # by keys of their wrappers and of a run's transformer options
+    "easycache": "EasyCache", "lazycache": "LazyCache", "rel_l1_thresh": "TeaCache", "cache_dit_turbo": "CacheDiT",
+    "wan_cache": "CacheDiT", "ltx2_cache": "CacheDiT",
 }  # fmt: skip
-_OWN_STEPS = ("dpm_fast", "dpm_adaptive")  # samplers that don't keep to the sigmas they are given
-_OTHER_CACHES = {"easycache": "EasyCache", "lazycache": "LazyCache"}  # by the keys of their wrappers
 
 
-def accelerate(model: Any, config: TAPConfig | None = None, spec: TransformerSpec | None = None) -> Any:
+def accelerate(
+    model: Any,
+    config: TAPConfig | None = None,
+    spec: TransformerSpec | None = None,
+    *,
+    start_percent: float = 0.0,
+    end_percent: float = 1.0,
+) -> Any:
     """A clone of a model patcher that is accelerated. The one given, and the model that both share, stay as they are.
 
     Accelerating an accelerated one replaces the configuration.
@@ -77,8 +121,11 @@ def accelerate(model: Any, config: TAPConfig | None = None, spec: TransformerSpe
         model: ComfyUI's ``ModelPatcher``, a node's MODEL.
         config: defaults to ``TAPConfig()``. ``steps`` may be left out: ComfyUI's sigmas tell.
         spec: of the diffusion model, where its class is not one of :data:`SPECS`.
+        start_percent, end_percent: part of the sampling, from 0 to 1 as ComfyUI counts it, in which steps may be
+            predicted; ``config`` divides the steps there, and those outside are full.
 
     Raises:
+        ConfigError: there is no such part.
         UnsupportedModelError: the message names the class and the reason.
         RuntimeError: ComfyUI is too old.
     """
@@ -86,8 +133,12 @@ def accelerate(model: Any, config: TAPConfig | None = None, spec: TransformerSpe
 
     if not hasattr(WrappersMP, "PREDICT_NOISE"):
         raise RuntimeError("this ComfyUI is too old for TAP: it has no WrappersMP.PREDICT_NOISE; update ComfyUI")
+    if not 0 <= start_percent < end_percent <= 1:
+        raise ConfigError(
+            f"start_percent={start_percent:g} and end_percent={end_percent:g}: give 0 ≤ start_percent < end_percent ≤ 1"
+        )
     module = unwrapped(model.get_model_object("diffusion_model"))
-    accelerator = _Accelerator(config or TAPConfig(), spec or _spec(module))
+    accelerator = _Accelerator(config or TAPConfig(), spec or _spec_of(module), (start_percent, end_percent))
     accelerator.depth(module)  # raises where this one lacks what its class should have
     clone = model.clone()
     for place, wrapper in (
@@ -102,7 +153,9 @@ def accelerate(model: Any, config: TAPConfig | None = None, spec: TransformerSpe
 
 
 def report(model: Any) -> Report | None:
-    """What the last run of an accelerated model patcher, or of a clone of it, did. None: there was none.
+    """What the last run of an accelerated model patcher, or of a clone of it, did.
+
+    None: there was none, or TAP left it alone, or it did not come to its end.
 
     Raises:
         ValueError: it is not accelerated.
@@ -117,8 +170,8 @@ def report(model: Any) -> Report | None:
 class _Accelerator:
     """The wrappers of one accelerated model patcher and its clones. Keeps nothing of a run but its report."""
 
-    def __init__(self, config: TAPConfig, spec: TransformerSpec) -> None:
-        self.config, self.spec = config, spec
+    def __init__(self, config: TAPConfig, spec: TransformerSpec, part: tuple[float, float]) -> None:
+        self.config, self.spec, self.part = config, spec, part
         self.report: Report | None = None
 
     def depth(self, module: nn.Module) -> Depth:
@@ -136,28 +189,32 @@ class _Accelerator:
             ) from error
         return depth
 
-    def sample(
-        self, executor: Any, noise: Any, latent: Any, sampler: Any, sigmas: Tensor, *args: Any, **kw: Any
-    ) -> Any:
+    def sample(self, executor: Any, noise: Any, latent: Any, sampler: Any, sigmas: Any, *args: Any, **kw: Any) -> Any:
         """Around a whole sampling run."""
+        self.report = None
         guider = executor.class_obj
         options = guider.model_options
         transformer_options = options.get("transformer_options", {})
         _refuse_other_caches(transformer_options)
-        levels = sigmas.tolist()[:-1]
-        why_not = _why_not(sampler, levels)
-        if why_not is not None:
-            warnings.warn(f"TAP leaves this run alone: {why_not}.", TAPWarning, stacklevel=2)
-            return executor(noise, latent, sampler, sigmas, *args, **kw)
-        run = _Run(self, sampler, levels, guider.model_patcher.get_model_object("model_sampling"))
-        guider.model_options = options | {"transformer_options": transformer_options | {KEY: run}}
-        try:
-            output = executor(noise, latent, sampler, sigmas, *args, **kw)
-        finally:
-            guider.model_options = options
-            run.detach()
-        self.report = run.finish()
-        _log.info("%s", self.report)
+        with told_by(_log.warning):
+            try:
+                run = _Run(self, sampler, sigmas, guider.model_patcher.get_model_object("model_sampling"))
+            except NotPlannedError as error:
+                warn(f"TAP leaves this run alone: {error}.")
+                return executor(noise, latent, sampler, sigmas, *args, **kw)
+            guider.model_options = options | {"transformer_options": transformer_options | {KEY: run}}
+            try:
+                output = executor(noise, latent, sampler, sigmas, *args, **kw)
+            finally:
+                guider.model_options = options
+                run.detach()
+            self.report = run.finish()
+        if self.report is not None:
+            done = self.report
+            _log.info(
+                f"TAP: {done.full_steps} of {done.steps} steps full, {done.times_faster:.1f}x faster, cache"
+                f" {done.cache_bytes / 1e6:.3g} MB"
+            )
         return output
 
     def evaluate(self, executor: Any, x: Any, timestep: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -178,13 +235,27 @@ class _Accelerator:
 
 
 class _Run:
-    """One sampling run."""
+    """One sampling run.
 
-    def __init__(self, accelerator: _Accelerator, sampler: Any, levels: list[float], model_sampling: Any) -> None:
+    Raises:
+        NotPlannedError: its steps can't be told beforehand.
+    """
+
+    def __init__(self, accelerator: _Accelerator, sampler: Any, sigmas: Tensor, model_sampling: Any) -> None:
+        given = sigmas.tolist()[:-1]
+        if not given or given[-1] <= 0 or not all(a > b for a, b in pairwise(given)):
+            raise NotPlannedError("its sigmas do not fall from step to step")
+        try:
+            rehearsal = rehearse(sampler, sigmas, model_sampling)
+        except NotPlannedError as error:
+            raise NotPlannedError(f"{_name(sampler)} chooses its own steps, since {error}") from error
+        levels = tuple(given) if rehearsal is None else rehearsal.levels
         self._accelerator = accelerator
-        self._position = _Position(levels, counts=_name(sampler) in _ONE_EVALUATION)
-        self._timeline = _timeline(sampler, levels, model_sampling)
+        self._position = _Position(levels, rehearsal)
         self._steps = len(levels)
+        self._timeline = _timeline(levels, model_sampling, sampler, rehearsal)
+        start, end = (float(model_sampling.percent_to_sigma(percent)) for percent in accelerator.part)
+        self._config = _within(accelerator.config, accelerator.spec, levels, self._timeline, start, end)
         self._lanes: dict[int, _Lane] = {}  # by id of the diffusion model: there are several with several GPUs
         self._names: dict[Hashable, str] = {}  # of branches
         self._seen: Counter[Hashable] = Counter()  # branches in this evaluation
@@ -201,18 +272,18 @@ class _Run:
         """The sampler asks for another evaluation."""
         self._seen.clear()
         before = self._position.step
-        self._position.advance(sigma)
+        goes_on = self._position.advance(sigma)
         for lane in self._lanes.values():
-            if self._position.step < before:  # noise was added, and what follows doesn't continue what was before
+            if not goes_on:
                 lane.engine.reset()
             elif self._position.step > before:  # conditions come and go, and windows of frames may move at each step
-                lane.engine.forget(before)
+                lane.engine.forget(before - self._position.reach)
 
     def call(self, module: nn.Module, options: dict[str, Any], forward: partial[Any], x: Tensor) -> Any:
         """One call of a diffusion model, for one condition or several."""
         lane = self._lanes.get(id(module))
         if lane is None:
-            lane = self._lanes[id(module)] = _Lane(self._accelerator, module)
+            lane = self._lanes[id(module)] = _Lane(self._accelerator, self._config, module)
         first = not lane.has_begun
         calls = [
             Call(self._position.step, branch, first and i == 0, None, self._steps, self._timeline)
@@ -251,15 +322,11 @@ class _Run:
         for lane in self._lanes.values():
             lane.detach()
 
-    def finish(self) -> Report:
-        """Free all; return what was done."""
+    def finish(self) -> Report | None:
+        """Free all; return what was done, if anything was."""
         if not self._lanes:
-            warnings.warn(
-                "TAP did not see this run: its guider does not tell extensions of its evaluations (PREDICT_NOISE).",
-                TAPWarning,
-                stacklevel=3,
-            )
-            return Report()
+            warn("TAP did not see this run: its guider does not tell extensions of its evaluations (PREDICT_NOISE).")
+            return None
         for lane in self._lanes.values():
             lane.engine.finish()
         reports = [lane.engine.report for lane in self._lanes.values()]
@@ -269,8 +336,8 @@ class _Run:
 class _Lane(Passes):
     """One diffusion model within a run."""
 
-    def __init__(self, accelerator: _Accelerator, module: nn.Module) -> None:
-        super().__init__(accelerator.config, accelerator.spec)
+    def __init__(self, accelerator: _Accelerator, config: TAPConfig, module: nn.Module) -> None:
+        super().__init__(config, accelerator.spec)
         self._module = module
         self._depth_of: Callable[[nn.Module], Depth] = accelerator.depth
         self._depth = accelerator.depth(module)
@@ -290,9 +357,10 @@ class _Lane(Passes):
             self._depth.attach()
         depth = self._depth
 
-        def run(model: nn.Module, _: Sequence[str]) -> Any:
+        def run(model: nn.Module, without: Sequence[str]) -> Any:
+            given = {name: value for name, value in forward.keywords.items() if name not in without}
             with nullcontext() if model is self._module else depth.lent(model):
-                return forward()
+                return forward.func(*forward.args, **given)
 
         return self.run(depth, calls, run, device)
 
@@ -303,41 +371,79 @@ class _Position:
     Heun's trial evaluation is at the noise of the next step, and counts as that one's first. So each history holds
     evaluations of one kind.
 
+    Args:
+        levels: noise that the steps start from.
+        rehearsal: how often the sampler evaluates the model; None: the noise tells, and reading it waits for a GPU.
+
     Attributes:
         step: counts from the start of the run.
         turn: counts from 0 within the step.
+        reach: by how many steps a sampler goes back that doesn't add noise (Heun++).
     """
 
-    def __init__(self, levels: list[float], counts: bool) -> None:
-        self._levels, self._counts = levels, counts
+    def __init__(self, levels: tuple[float, ...], rehearsal: Rehearsal | None) -> None:
+        self._levels = levels
+        self._planned = () if rehearsal is None else rehearsal.evaluations
+        steps = [step_at(levels, noise) for noise in self._planned]
+        self._goes_back = rehearsal is not None and not rehearsal.fresh_noise
+        self.reach = max((0, *(a - b for a, b in pairwise(steps)))) if self._goes_back else 0
+        self._count = 0
+        self._visits: Counter[int] = Counter()
         self.step, self.turn = -1, 0
 
-    def advance(self, sigma: Tensor) -> None:
-        """Take note of another evaluation. Where it is noisier than the last, the step falls."""
-        if self._counts and self.step + 1 < len(self._levels):
-            self.step += 1
-            return
-        value = float(sigma.max()) * (1 - 1e-4)  # rounding
-        step = max((i for i, level in enumerate(self._levels) if level >= value), default=0)
-        self.turn = self.turn + 1 if step == self.step else 0
-        self.step = step
+    def advance(self, sigma: Tensor) -> bool:
+        """Take note of another evaluation; return whether it goes on from the last. If noise was added, it doesn't."""
+        noise = self._planned[self._count] if self._count < len(self._planned) else float(sigma.max())
+        self._count += 1
+        step = step_at(self._levels, noise)
+        goes_on = step >= self.step or self._goes_back
+        if not goes_on:
+            self._visits.clear()
+        self.step, self.turn = step, self._visits[step]
+        self._visits[step] += 1
+        return goes_on
 
 
-def _timeline(sampler: Any, levels: list[float], model_sampling: Any) -> Timeline | None:
-    """The noise of a run's steps, σ/α, and whether hindsight is possible."""
-    if any(base.__name__ == "CONST" for base in type(model_sampling).__mro__):  # flow matching: α = 1 - σ
-        noise = [level / (1 - level) if level < 1 else math.inf for level in levels]
-        exact = _name(sampler) in _FIRST_ORDER and not getattr(sampler, "extra_options", {}).get("s_churn")
-        return Timeline(tuple(noise), "flow" if exact else None)
-    return Timeline(tuple(levels), None)  # elsewhere ComfyUI's σ is that of x₀ + σ ε
+def _timeline(
+    levels: tuple[float, ...], model_sampling: Any, sampler: Any, rehearsal: Rehearsal | None
+) -> Timeline | None:
+    """The noise of a run's steps, σ/α, what the model predicts, and what noise the sampler adds."""
+    sigma = torch.tensor(levels)
+    alpha = model_sampling.noise_scaling(sigma, torch.zeros_like(sigma), torch.ones_like(sigma)).tolist()
+    is_flow = all(math.isclose(a + level, 1, abs_tol=1e-4) for a, level in zip(alpha, levels, strict=True))
+    noise = tuple(level / a if a > 0 else math.inf for a, level in zip(alpha, levels, strict=True))
+    if not all(a > b for a, b in pairwise(noise)):
+        return None
+    fresh = rehearsal is not None and rehearsal.fresh_noise
+    # Hindsight takes for granted that a flow's steps are Euler's.
+    known = is_flow and rehearsal is not None and (fresh or rehearsal.is_euler)
+    return Timeline(
+        noise,
+        "flow" if known else None,
+        fresh_noise=_name(sampler) if fresh else None,
+        kept=1.0 if rehearsal is None else rehearsal.kept,
+    )
 
 
-def _why_not(sampler: Any, levels: list[float]) -> str | None:
-    if any(name in _name(sampler) for name in _OWN_STEPS):
-        return f"{_name(sampler)} chooses its own steps, by errors that predicted ones would distort"
-    if not levels or levels[-1] <= 0 or not all(a > b for a, b in pairwise(levels)):
-        return "its sigmas do not fall from step to step"
-    return None
+def _within(
+    config: TAPConfig,
+    spec: TransformerSpec,
+    levels: tuple[float, ...],
+    timeline: Timeline | None,
+    start: float,
+    end: float,
+) -> TAPConfig:
+    """The configuration of a run in which only steps between two noise levels may be predicted."""
+    inside = [step for step, level in enumerate(levels) if end <= level <= start]
+    if len(inside) == len(levels):
+        return config
+    outside = [step for step in range(len(levels)) if step not in inside]
+    if inside:
+        first, count = inside[0], len(inside)
+        part = None if timeline is None else replace(timeline, noise=timeline.noise[first : first + count])
+        is_full = plan(settled(config, spec), count, part)
+        outside += [first + step for step in range(count) if is_full(step)]
+    return replace(config, full_steps=tuple(sorted({0, *outside})), interval=None, steps=None)
 
 
 def _name(sampler: Any) -> str:
@@ -346,18 +452,19 @@ def _name(sampler: Any) -> str:
 
 
 def _refuse_other_caches(transformer_options: dict[str, Any]) -> None:
-    keys = {key for wrappers in transformer_options.get("wrappers", {}).values() for key in wrappers}
+    wrappers = transformer_options.get("wrappers", {}).values()
+    keys = {key for by_key in wrappers for key, found in by_key.items() if found} | set(transformer_options)
     found = [title for key, title in _OTHER_CACHES.items() if key in keys]
-    if "rel_l1_thresh" in transformer_options:
-        found.append("TeaCache")
     if found:
         raise ValueError(
             f"{found[0]} and TAP are both on this model, and each would mislead the other: remove one node"
         )
 
 
-def _spec(module: nn.Module) -> TransformerSpec:
+def _spec_of(module: nn.Module) -> TransformerSpec:
     name = type(module).__name__
+    if name in REFUSED:
+        raise UnsupportedModelError(f"TAP can't accelerate {name}: {REFUSED[name]}")
     if name not in SPECS:
         raise UnsupportedModelError(
             f"TAP does not know this model's class, {name}; of ComfyUI's it knows {', '.join(sorted(SPECS))}"

@@ -202,7 +202,10 @@ class Depth:
             streams = self.streams_of(seen[-1])
             for stream in self.spec.streams:
                 if stream.head is None:
-                    watch.leave(stream.argument, streams[stream.argument])
+                    value = streams[stream.argument]
+                    if isinstance(seen[-1], Tensor):  # and not text beside it
+                        _, value = _behind_text(stream, value, watch.lengths)
+                    watch.leave(stream.argument, value)
 
     def _enters_head(self, stream: Stream, head: nn.Module) -> Callable[[Any, Any], None]:
         @uncompiled

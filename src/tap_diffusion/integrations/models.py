@@ -15,7 +15,8 @@ class Stream:
         argument: the first block's argument that carries it, (B, N, D) or with several token axes.
         head: submodule (or ModuleDict of alternatives) that receives it as first argument, behind the last block and
             all that is done there. None: the last block returns it, and nothing is added to it between blocks.
-        behind_text: the head receives text in front of it, in one sequence.
+        behind_text: the head receives text in front of it, in one sequence; without a head the last block returns it
+            so, where it returns one tensor.
     """
 
     argument: str = "hidden_states"
