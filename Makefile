@@ -32,7 +32,7 @@ $(COMFYUI)/.installed: pyproject.toml constraints.txt tests/comfyui/requirements
 	touch $@
 
 test-comfyui: $(COMFYUI)/.installed ## the node against the real ComfyUI, in an environment of its own
-	OMP_NUM_THREADS=1 $(COMFYUI)/bin/pytest --confcutdir tests/comfyui tests/comfyui
+	OMP_NUM_THREADS=1 $(COMFYUI)/bin/pytest tests/comfyui
 
 quick: $(INSTALLED) ## the tests that take under two minutes together
 	$(BIN)/pytest -m "not slow"

@@ -35,10 +35,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def nothing_is_unexplained_in_the_zoo(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random weights modulate features otherwise at each step: the past does explain nothing, and steps would be full.
 
-    In modules that use the zoo or the tiny pipeline there is no such check; what it does is in test_unexplained.py.
+    In modules that use the zoo or tiny models there is no such check; what it does is in test_unexplained.py.
     """
     used = {getattr(value, "__module__", None) for value in vars(request.module).values()}
-    if used & {"zoo", "tiny"} and request.module.__name__ != "test_unexplained":
+    if used & {"zoo", "tiny", "tiny_comfy"} and request.module.__name__ != "test_unexplained":
         monkeypatch.setattr(engine, "unexplained", lambda error, *_: torch.zeros_like(error, dtype=torch.bool))
 
 

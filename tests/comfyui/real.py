@@ -17,7 +17,7 @@ if not COMFYUI.exists():
 standins.install()
 sys.path.insert(0, str(COMFYUI))
 
-from comfy.cli_args import args
+from comfy.cli_args import args  # noqa: E402
 
 args.cpu = True
 args.use_pytorch_cross_attention = True  # as on a GPU

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-import real  # noqa: F401 - first of all
+import real  # noqa: F401 - finds ComfyUI
+
+# isort: split
 import torch
 from comfy import supported_models
 from comfy.ldm.audio.embedders import NumberConditioner
@@ -258,7 +260,10 @@ MODELS: dict[str, Tiny] = {
     "CosmosI2VPredict2": Tiny(_COSMOS_2 | {"in_channels": 17}, _VIDEO),
     "Lumina2": Tiny(_LUMINA, _PICTURE),
     "ZImage": Tiny(
-        _LUMINA | {"dim": 256, "n_heads": 8, "n_kv_heads": 8, "axes_dims": [8, 12, 12], "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 8},
+        _LUMINA | {
+            "dim": 256, "n_heads": 8, "n_kv_heads": 8, "axes_dims": [8, 12, 12], "z_image_modulation": True,
+            "time_scale": 1000.0, "pad_tokens_multiple": 8,
+        },
         _PICTURE,
     ),
     "WAN21_T2V": Tiny(_WAN, _VIDEO),
@@ -327,7 +332,8 @@ MODELS: dict[str, Tiny] = {
          "in_channels": 16, "multiple_of": 16, "norm_eps": 1e-5, "num_attention_heads": 4, "num_kv_heads": 2,
          "num_layers": 5, "num_refiner_layers": 2, "out_channels": None, "patch_size": 2, "text_feat_dim": 16,
          "timestep_scale": 1000.0},
-        _PICTURE, rest=given(attention_mask=lambda _: torch.ones(1, 5, dtype=torch.long), reference_latents=listed(1, 16, 8, 8)),
+        _PICTURE,
+        rest=given(attention_mask=lambda _: torch.ones(1, 5, dtype=torch.long), reference_latents=listed(1, 16, 8, 8)),
     ),
     "QwenImage": Tiny(
         {"image_model": "qwen_image", "in_channels": 64, "num_layers": 5, "attention_head_dim": 12,

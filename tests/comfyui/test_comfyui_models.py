@@ -1,0 +1,131 @@
+"""Every transformer class of ComfyUI 0.3.75, with tiny random models: accelerated as promised, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import real  # noqa: F401 - finds ComfyUI
+
+# isort: split
+import pytest
+import torch
+from comfy import supported_models
+from runs import STEPS, distance, full_passes, sample, watched
+from tiny_comfy import MODELS, build
+
+from tap_diffusion import TAPConfig, UnsupportedModelError
+from tap_diffusion.integrations.comfy import accelerate, report
+
+# Models that TAP does not accelerate. Where a spec is added, its name goes from here, and all tests below apply.
+REFUSED = {
+    "ACEStep", "AuraFlow", "Chroma", "ChromaRadiance", "CosmosI2V", "CosmosI2VPredict2", "CosmosT2IPredict2",
+    "CosmosT2V", "GenmoMochi", "HiDream", "Hunyuan3Dv2", "Hunyuan3Dv2_1", "Hunyuan3Dv2mini", "HunyuanDiT",
+    "HunyuanDiT1", "LTXV", "Lumina2", "Omnigen2", "PixArtAlpha", "PixArtSigma", "StableAudio", "WAN21_Camera",
+    "WAN21_HuMo", "WAN21_Vace", "WAN22_Animate", "WAN22_Camera", "WAN22_S2V", "ZImage",
+}  # fmt: skip
+ACCELERATED = [name for name in MODELS if name not in REFUSED]
+
+# What of comfy.supported_models is no transformer, and not for TAP: U-Nets, and Stable Cascade's stages.
+OTHERS = {
+    "KOALA_1B", "KOALA_700M", "LotusD", "SD15", "SD15_instructpix2pix", "SD20", "SD21UnclipH", "SD21UnclipL", "SDXL",
+    "SDXLRefiner", "SDXL_instructpix2pix", "SD_X4Upscaler", "SSD1B", "SV3D_p", "SV3D_u", "SVD_img2vid",
+    "Segmind_Vega", "Stable_Cascade_B", "Stable_Cascade_C", "Stable_Zero123",
+}  # fmt: skip
+
+FULL = 5
+
+
+@pytest.fixture(autouse=True)
+def in_inference_mode() -> Iterator[None]:
+    with torch.inference_mode():  # in which ComfyUI runs its graphs
+        yield
+
+
+def test_all_models_of_this_comfyui_are_here() -> None:
+    here = {tiny.name or name for name, tiny in MODELS.items()}
+    assert {model.__name__ for model in supported_models.models} == here | OTHERS
+    assert MODELS.keys() >= REFUSED
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_a_model_that_tap_does_not_accelerate_is_refused_by_its_class(name: str) -> None:
+    patcher = build(name)
+    with pytest.raises(UnsupportedModelError, match=rf"\b{type(patcher.model.diffusion_model).__name__}\b"):
+        accelerate(patcher)
+
+
+@pytest.mark.parametrize("config", [TAPConfig(full_steps=FULL), TAPConfig(interval=1)], ids=["some", "all"])
+@pytest.mark.parametrize("name", ACCELERATED)
+def test_full_steps_are_bit_identical(name: str, config: TAPConfig) -> None:
+    """Each of them, against the plain model's call with the same arguments. If all are, so is the picture."""
+    patcher = build(name)
+    plain = sample(patcher, name)
+    accelerated = accelerate(patcher, config)
+    with watched(patcher) as calls:
+        result = sample(accelerated, name)
+    full = full_passes(report(accelerated))
+    assert len(full) == STEPS
+    if config.interval == 1:
+        assert all(full)
+        assert torch.equal(result, plain)
+    calls = _without_hindsight(calls, full)
+    for call, is_full in zip(calls, full, strict=True):
+        if is_full:
+            assert torch.equal(call.output, patcher.model.diffusion_model(*call.args, **call.kwargs))
+
+
+def _without_hindsight(calls: list[Any], full: list[bool]) -> list[Any]:
+    """One call for each pass: where hindsight predicts a full step beside it, the latter, which comes after."""
+    found, queue = [], list(calls)
+    most = max(call.modules for call in calls)
+    for is_full in full:
+        call = queue.pop(0)
+        if is_full and call.modules < most:
+            call = queue.pop(0)
+        found.append(call)
+    assert not queue
+    return found
+
+
+@pytest.mark.parametrize("probe", ["modulated_input", "first_block"])
+@pytest.mark.parametrize("name", ACCELERATED)
+def test_at_a_standstill_a_predicted_step_gives_what_a_full_one_does(name: str, probe: Any) -> None:
+    """Whatever the blocks do to what they are given: with the same input, again and again, nothing is to be lost."""
+    patcher = build(name)
+    accelerated = accelerate(patcher, TAPConfig(full_steps=FULL, probe=probe))
+    with watched(patcher, standing_still=True) as calls:
+        sample(accelerated, name)
+    found = report(accelerated)
+    assert found is not None
+    assert (found.full_steps, found.predicted_steps, found.fallbacks) == (FULL, STEPS - FULL, {})
+    expected = calls[0].output
+    assert torch.equal(expected, patcher.model.diffusion_model(*calls[0].args, **calls[0].kwargs))
+    assert max(distance(call.output, expected) for call in calls) < 1e-5
+    ran = sorted({call.modules for call in calls})
+    assert ran[0] < 0.75 * ran[-1]  # predicted steps leave out the depth
+
+
+@pytest.mark.parametrize("name", ACCELERATED)
+def test_runs_have_the_full_steps_asked_for_repeat_and_leave_no_trace(name: str) -> None:
+    patcher = build(name)
+    model = patcher.model.diffusion_model
+    plain, before = sample(patcher, name), _traces(model)
+    accelerated = accelerate(patcher, TAPConfig(full_steps=FULL))
+    result = sample(accelerated, name)
+    found = report(accelerated)
+    assert found is not None
+    assert (found.full_steps, found.predicted_steps, found.fallbacks) == (FULL, STEPS - FULL, {})
+    assert 0 < distance(result, plain) < 0.5
+    assert _traces(model) == before
+    assert torch.equal(sample(patcher, name), plain)
+    assert torch.equal(sample(accelerated, name), result)
+
+
+def _traces(model: Any) -> list[Any]:
+    """Whatever something else could leave in a model."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    return [
+        (place, id(part), sorted(vars(part)), *(len(getattr(part, kind)) for kind in kinds))
+        for place, part in model.named_modules()
+    ]

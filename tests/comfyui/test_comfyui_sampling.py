@@ -1,0 +1,438 @@
+"""ComfyUI's samplers, conditions and other nodes around an accelerated model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import real  # noqa: F401 - finds ComfyUI
+
+# isort: split
+import nodes
+import torch
+from comfy import controlnet, model_management, ops, samplers, sd
+from comfy.ldm.flux.controlnet import ControlNetFlux
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
+from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
+from comfy_extras.nodes_sd3 import SkipLayerGuidanceSD3
+from runs import STEPS, distance, sample, sample_with, watched
+from tiny_comfy import CPU, MODELS, build, fill, noise
+from torch import Tensor
+
+from tap_diffusion import TAPConfig, TAPWarning
+from tap_diffusion.integrations import comfy
+from tap_diffusion.integrations.comfy import accelerate, report
+
+FULL = 5
+CONFIG = TAPConfig(full_steps=FULL)
+WHOLE = TAPConfig(interval=1)
+SAMPLERS = [
+    "euler", "euler_ancestral", "heun", "heunpp2", "dpm_2", "dpmpp_sde", "dpmpp_2m", "dpmpp_2m_sde", "lcm", "uni_pc",
+    "res_multistep", "seeds_3", "sa_solver_pece",
+]  # fmt: skip
+OWN_STEPS = ["dpm_fast", "dpm_adaptive"]
+TWICE = {"heun": 2, "dpm_2": 2, "dpmpp_sde": 2, "seeds_3": 3, "sa_solver_pece": 2}  # evaluations of the model per step
+# Evaluations that move from step to step: they find no history of their own kind. A fault of TAP; see test below.
+TOO_MANY = {"heunpp2"}
+
+
+@pytest.fixture(autouse=True)
+def in_inference_mode() -> Iterator[None]:
+    with torch.inference_mode():  # in which ComfyUI runs its graphs
+        yield
+
+
+@pytest.fixture
+def flux() -> Any:
+    return build("Flux")
+
+
+@pytest.fixture
+def wan() -> Any:
+    return build("WAN21_T2V")
+
+
+def found_in(accelerated: Any) -> Any:
+    found = report(accelerated)
+    assert found is not None
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- samplers
+
+
+@pytest.mark.parametrize("sampler", samplers.SAMPLER_NAMES)
+def test_full_steps_are_bit_identical(flux: Any, sampler: str) -> None:
+    expected = sample(flux, "Flux", sampler)
+    if sampler in OWN_STEPS:
+        with pytest.warns(TAPWarning, match="chooses its own steps"):
+            result = sample(accelerate(flux, CONFIG), "Flux", sampler)
+    else:
+        result = sample(accelerate(flux, WHOLE), "Flux", sampler)
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("name", ["Flux", "WAN21_T2V"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samplers_have_the_full_steps_asked_for(name: str, sampler: str) -> None:
+    patcher = build(name)
+    plain = sample(patcher, name, sampler)
+    accelerated = accelerate(patcher, CONFIG)
+    result = sample(accelerated, name, sampler)
+    found = found_in(accelerated)
+    assert 0 < distance(result, plain) < 1
+    assert found.steps == STEPS
+    if sampler in TOO_MANY:
+        pytest.xfail(f"{found.full_steps} of {found.steps} steps are full")
+    # A step's second evaluation may find no history at first: one step more.
+    assert FULL <= found.full_steps <= FULL + (sampler in TWICE)
+    assert len(found.calls) == 2 * STEPS * TWICE.get(sampler, 1) - 2 * (TWICE.get(sampler, 1) - 1)
+
+
+def test_sigmas_that_do_not_fall_are_left_alone(flux: Any) -> None:
+    up = torch.tensor([0.5, 0.9, 0.3, 0.0])
+    with pytest.warns(TAPWarning, match="do not fall"):
+        result = sample_with(accelerate(flux, CONFIG), "Flux", "euler", up)
+    assert torch.equal(result, sample_with(flux, "Flux", "euler", up))
+
+
+def test_a_sampler_that_goes_back_to_more_noise_starts_anew_there(flux: Any) -> None:
+    sigmas = torch.linspace(1, 0, STEPS + 1)
+
+    def restarting(model: Any, x: Tensor, sigmas: Tensor, extra_args: Any, callback: Any, disable: Any) -> Tensor:
+        for i in [*range(8), *range(4, STEPS)]:
+            if i == 4:
+                x = x + 0.3 * noise(*x.shape, seed=i)
+            d = (x - model(x, sigmas[i] * x.new_ones(len(x)), **extra_args)) / sigmas[i]
+            x = x + d * (sigmas[i + 1] - sigmas[i])
+        return x
+
+    plain = sample_with(flux, "Flux", restarting, sigmas)
+    accelerated = accelerate(flux, CONFIG)
+    result = sample_with(accelerated, "Flux", restarting, sigmas)
+    assert found_in(accelerated).predicted_calls > 0
+    assert 0 < distance(result, plain) < 0.5
+
+
+@pytest.mark.parametrize("name", ["Flux", "WAN21_T2V"])
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+@pytest.mark.parametrize(("denoise", "batch"), [(1.0, 1), (0.5, 1), (1.0, 3)])
+def test_guidance_part_of_the_noise_and_batches(name: str, cfg: float, denoise: float, batch: int) -> None:
+    patcher = build(name)
+    kind: Any = {"cfg": cfg, "denoise": denoise, "batch": batch}
+    plain = sample(patcher, name, **kind)
+    assert torch.equal(sample(accelerate(patcher, WHOLE), name, **kind), plain)
+    accelerated = accelerate(patcher, CONFIG)
+    result = sample(accelerated, name, **kind)
+    found = found_in(accelerated)
+    assert (found.steps, found.full_steps) == (STEPS, FULL)
+    assert {choice.branch for choice in found.choices} == ({"cond"} if cfg == 1 else {"cond", "uncond"})
+    assert {len(choice.index) for choice in found.choices} == {batch}
+    assert 0 < distance(result, plain) < 0.5
+    if batch > 1:  # each picture is as it is alone
+        x = noise(batch, *MODELS[name].latent, seed=3)
+        assert distance(x[0], x[1]) > 0.5
+        assert distance(result[:1], plain[:1]) < 0.5
+
+
+def test_a_run_that_stops_before_the_end_and_goes_on_in_another(flux: Any) -> None:
+    """KSampler (Advanced), or Wan 2.2 with a model for each half."""
+    accelerated = accelerate(flux, CONFIG)
+    sample(accelerated, "Flux", steps=20, last_step=10, force_full_denoise=False)
+    assert (found_in(accelerated).steps, found_in(accelerated).full_steps) == (10, FULL)
+    sample(accelerated, "Flux", steps=20, start_step=10, disable_noise=True)
+    assert (found_in(accelerated).steps, found_in(accelerated).full_steps) == (10, FULL)
+
+
+def test_a_mask_keeps_what_it_covers(flux: Any) -> None:
+    """Set Latent Noise Mask, for inpainting: ComfyUI puts back the noisy original around each evaluation."""
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., 4:] = 1
+    kind: Any = {"denoise": 0.7, "noise_mask": mask}
+    plain = sample(flux, "Flux", **kind)
+    accelerated = accelerate(flux, CONFIG)
+    result = sample(accelerated, "Flux", **kind)
+    assert found_in(accelerated).full_steps == FULL
+    assert torch.allclose(result[..., :4], plain[..., :4], atol=1e-5)
+    assert 0 < distance(result, plain) < 0.3
+
+
+# ----------------------------------------------------------------------------------------------------------- conditions
+
+
+def conditions(name: str) -> dict[str, Any]:
+    """A picture's half, a mask and part of the time with conditions of their own, on ComfyUI's own nodes."""
+    tiny = MODELS[name]
+    (half,) = nodes.ConditioningSetArea().append(tiny.condition(4), 64, 32, 0, 0, 1.0)
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :, 32:] = 1
+    (masked,) = nodes.ConditioningSetMask().append(tiny.condition(5), mask, "default", 0.8)
+    (late,) = nodes.ConditioningSetTimestepRange().set_range(tiny.condition(6, tokens=9), 0.4, 0.8)
+    return {
+        "positive": [*tiny.condition(1), *half, *masked, *late],
+        "negative": [*tiny.condition(2), *nodes.ConditioningSetArea().append(tiny.condition(2), 64, 32, 0, 0, 1.0)[0]],
+    }
+
+
+def test_areas_masks_and_conditions_that_come_and_go(flux: Any) -> None:
+    mixed = conditions("Flux")
+    plain = sample(flux, "Flux", **mixed)
+    assert distance(plain, sample(flux, "Flux")) > 0.1
+    assert torch.equal(sample(accelerate(flux, WHOLE), "Flux", **mixed), plain)
+    accelerated = accelerate(flux, CONFIG)
+    result = sample(accelerated, "Flux", **mixed)
+    found = found_in(accelerated)
+    assert 0 < distance(result, plain) < 0.5
+    assert found.full_steps == FULL
+    assert {choice.branch for choice in found.choices} == {
+        "cond", "cond 2", "cond 3", "cond 4", "uncond", "uncond 2"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("granularity", ["token", "batch"])
+def test_conditions_together_or_apart_give_the_same(
+    flux: Any, granularity: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where memory makes ComfyUI change its mind from step to step."""
+    accelerated = accelerate(flux, replace(CONFIG, granularity=granularity))
+    coin, results, passes = torch.Generator().manual_seed(7), [], []
+    for memory in (lambda: 1e12, lambda: 0, lambda: 1e12 * bool(torch.rand((), generator=coin) < 0.5)):
+        monkeypatch.setattr(model_management, "get_free_memory", lambda *_, memory=memory, **__: memory())
+        with watched(flux) as calls:
+            results.append(sample(accelerated, "Flux"))
+        passes.append(len(calls))
+        found = found_in(accelerated)
+        assert found.full_steps == FULL
+        assert not found.fallbacks
+        assert len(found.calls) == 2 * STEPS
+    assert passes[0] < passes[2] < passes[1]
+    assert torch.allclose(results[0], results[1], atol=1e-4)
+    assert torch.allclose(results[0], results[2], atol=1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["standard_static", "looped_uniform"])
+def test_windows_of_frames(wan: Any, schedule: str) -> None:
+    """A video of more frames than the model takes at once. Those of a looped schedule move at each step."""
+    kind: Any = {"size": (16, 9, 8, 8)}
+    (windowed,) = WanContextWindowsManualNode.execute(wan, 13, 5, schedule, 1, True, "pyramid").result
+    plain = sample(windowed, "WAN21_T2V", **kind)
+    assert distance(plain, sample(wan, "WAN21_T2V", **kind)) > 0.01
+    accelerated = accelerate(windowed, CONFIG)
+    result = sample(accelerated, "WAN21_T2V", **kind)
+    found = found_in(accelerated)
+    print(schedule, found.full_steps, found.fallbacks, found.notes, distance(result, plain), set(c.branch for c in found.choices))
+    assert 0
+
+
+# ---------------------------------------------------------------------------------------------------- one run at a time
+
+
+def test_nothing_of_a_run_reaches_the_next(flux: Any) -> None:
+    """Another resolution, prompt, length and strength between two equal runs, with one patched model."""
+    accelerated = accelerate(flux, CONFIG)
+    before = sample(accelerated, "Flux")
+    sample(accelerated, "Flux", size=(16, 12, 8), positive=MODELS["Flux"].condition(8, tokens=7))
+    sample(accelerated, "Flux", steps=7, denoise=0.5)
+    sample(accelerated, "Flux", "heun")
+    assert torch.equal(sample(accelerated, "Flux"), before)
+
+
+def test_two_branches_of_a_graph_share_the_model(flux: Any) -> None:
+    """One plain, one accelerated, and one accelerated otherwise on top of that, in turns."""
+    plain = sample(flux, "Flux")
+    one = accelerate(flux, CONFIG)
+    other = accelerate(one, TAPConfig.paper(interval=3))
+    alone = [sample(model, "Flux") for model in (one, other)]
+    assert distance(*alone) > 0
+    assert torch.equal(sample(flux, "Flux"), plain)
+    assert torch.equal(sample(one, "Flux"), alone[0])
+    assert torch.equal(sample(other, "Flux"), alone[1])
+    assert all(len(groups.get(comfy.KEY, [])) <= 1 for groups in other.wrappers.values())
+
+
+@pytest.mark.parametrize("error", [model_management.InterruptProcessingException, RuntimeError])
+def test_an_interrupt_leaves_nothing_behind(flux: Any, error: type[BaseException]) -> None:
+    plain = sample(flux, "Flux")
+    accelerated = accelerate(flux, CONFIG)
+    before = sample(accelerated, "Flux")
+
+    def stop(step: int, *_: Any) -> None:
+        if step == 4:
+            raise error
+
+    with pytest.raises(error):
+        sample(accelerated, "Flux", callback=stop)
+    hook = flux.model.diffusion_model.single_blocks[1].register_forward_pre_hook(lambda *_: stop(4))
+    with pytest.raises(error):
+        sample(accelerated, "Flux")
+    hook.remove()
+    assert all(not part._forward_hooks and not part._forward_pre_hooks for part in flux.model.modules())
+    assert torch.equal(sample(accelerated, "Flux"), before)
+    assert torch.equal(sample(flux, "Flux"), plain)
+
+
+def test_the_patcher_given_stays_as_it_is_and_the_wrappers_are_all_there_is(flux: Any) -> None:
+    wrappers, attachments, options = dict(flux.wrappers), dict(flux.attachments), dict(flux.model_options)
+    accelerated = accelerate(flux, CONFIG)
+    sample(accelerated, "Flux")
+    assert (flux.wrappers, flux.attachments, flux.model_options) == (wrappers, attachments, options)
+    for place in list(accelerated.wrappers):
+        accelerated.remove_wrappers_with_key(place, comfy.KEY)
+    assert torch.equal(sample(accelerated, "Flux"), sample(flux, "Flux"))
+
+
+def test_calls_outside_of_a_sampling_run_are_plain(flux: Any) -> None:
+    accelerated = accelerate(flux, CONFIG)
+    x, t, condition = noise(1, 16, 8, 8), torch.tensor([0.5]), MODELS["Flux"].condition(1)[0]
+    rest = {"c_crossattn": condition[0], "y": condition[1]["pooled_output"], "guidance": torch.tensor([3.5])}
+    result = accelerated.model.apply_model(x, t, transformer_options={"wrappers": accelerated.wrappers}, **rest)
+    assert torch.equal(result, flux.model.apply_model(x, t, **rest))
+    with pytest.raises(ValueError, match="not accelerated"):
+        report(flux)
+
+
+def test_a_guider_that_tells_no_evaluations_runs_plain_and_says_so(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = sample(flux, "Flux")
+    monkeypatch.setattr(samplers.CFGGuider, "__call__", lambda self, *args, **kw: self.predict_noise(*args, **kw))
+    with pytest.warns(TAPWarning, match="TAP did not see this run"):
+        result = sample(accelerate(flux, CONFIG), "Flux")
+    assert torch.equal(result, plain)
+
+
+# --------------------------------------------------------------------------------------------- other nodes on the model
+
+
+def control(latent: tuple[int, ...]) -> Any:
+    """A ControlNet of Flux with two double blocks and a single one, in XLabs' form, which sees pixels."""
+    settings = MODELS["Flux"].settings | {"depth": 2, "depth_single_blocks": 1}
+    model = ControlNetFlux(operations=ops.disable_weight_init, device=CPU, dtype=torch.float32, **settings)
+    model.main_model_double, model.main_model_single = 3, 3
+    fill(model, 7)
+    return controlnet.ControlNet(model, load_device=CPU, extra_conds=["y", "guidance"])
+
+
+@pytest.mark.parametrize("part", [(0.0, 1.0), (0.0, 0.6)], ids=["all", "at first"])
+def test_controlnet_between_blocks_reaches_the_output_once(flux: Any, part: tuple[float, float]) -> None:
+    tiny, image = MODELS["Flux"], noise(1, 64, 64, 3, seed=9).sigmoid()
+    positive, negative = nodes.ControlNetApplyAdvanced().apply_controlnet(
+        tiny.condition(1), tiny.condition(2), control(tiny.latent), image, 0.5, *part
+    )
+    kind: Any = {"positive": positive, "negative": negative}
+    plain = sample(flux, "Flux", **kind)
+    assert distance(sample(flux, "Flux"), plain) > 0.1
+    assert torch.equal(sample(accelerate(flux, WHOLE), "Flux", **kind), plain)
+    accelerated = accelerate(flux, CONFIG)
+    result = sample(accelerated, "Flux", **kind)
+    assert found_in(accelerated).full_steps == FULL
+    assert 0 < distance(result, plain) < 0.5
+    if part == (0.0, 1.0):
+        with watched(flux, standing_still=True) as calls:
+            sample(accelerated, "Flux", **kind)
+        still = [call.output for call in calls if _same_control(call, calls[0])]
+        assert len(still) == len(calls)
+
+
+def _same_control(call: Any, first: Any) -> bool:
+    return set(call.kwargs["control"]) == set(first.kwargs["control"])
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "behind"])
+def test_skip_layer_guidance(before: bool) -> None:
+    """The conditions once more, within the same evaluation, with blocks replaced: a branch of its own."""
+    patcher = build("SD3")
+
+    def guided(model: Any) -> Any:
+        return SkipLayerGuidanceSD3.execute(model, "1, 2", 2.0, 0.0, 1.0).result[0]
+
+    plain = sample(guided(patcher), "SD3")
+    assert distance(plain, sample(patcher, "SD3")) > 0.1
+    accelerated = accelerate(guided(patcher), CONFIG) if before else guided(accelerate(patcher, CONFIG))
+    result = sample(accelerated, "SD3")
+    found = found_in(accelerated)
+    assert (found.full_steps, found.fallbacks) == (FULL, {})
+    assert {choice.branch for choice in found.choices} == {"cond", "uncond", "cond 2"}
+    assert 0 < distance(result, plain) < 0.5
+
+
+def test_lora_before_and_behind_give_the_same(flux: Any) -> None:
+    place = "diffusion_model.single_blocks.1.linear2"
+    rows, columns = flux.model.get_submodule(place).weight.shape
+    lora = {
+        f"{place}.lora_up.weight": noise(rows, 4, seed=21), f"{place}.lora_down.weight": noise(4, columns, seed=22),
+    }  # fmt: skip
+
+    def adapted(model: Any) -> Any:
+        return sd.load_lora_for_models(model, None, dict(lora), 0.1, 0.0)[0]
+
+    without, plain = sample(accelerate(flux, CONFIG), "Flux"), sample(adapted(flux), "Flux")
+    assert distance(plain, sample(flux, "Flux")) > 0.1
+    before, behind = accelerate(adapted(flux), CONFIG), adapted(accelerate(flux, CONFIG))
+    result = sample(before, "Flux")
+    assert torch.equal(sample(behind, "Flux"), result)
+    assert found_in(behind).full_steps == FULL
+    assert 0 < distance(result, plain) < 0.5
+    assert torch.equal(sample(accelerate(flux, CONFIG), "Flux"), without)
+
+
+def test_batches_that_an_extension_divides_in_its_own_way(flux: Any) -> None:
+    """A model function wrapper that runs sample by sample, for which the conditions of a part are not known."""
+
+    def one_by_one(apply: Callable[..., Tensor], args: dict[str, Any]) -> Tensor:
+        x, t, c = args["input"], args["timestep"], args["c"]
+        parts = []
+        for i in range(len(x)):
+            own = {k: v[i : i + 1] if isinstance(v, Tensor) and len(v) == len(x) else v for k, v in c.items()}
+            parts.append(apply(x[i : i + 1], t[i : i + 1], **own))
+        return torch.cat(parts)
+
+    flux.set_model_unet_function_wrapper(one_by_one)
+    plain = sample(flux, "Flux")
+    accelerated = accelerate(flux, CONFIG)
+    assert 0 < distance(sample(accelerated, "Flux"), plain) < 0.5
+    assert (found_in(accelerated).full_steps, found_in(accelerated).fallbacks) == (FULL, {})
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "behind"])
+def test_torch_compile_of_the_model(flux: Any, before: bool) -> None:
+    torch.compiler.reset()
+    expected = sample(accelerate(flux, CONFIG), "Flux")
+
+    def compiled(model: Any) -> Any:
+        model = model.clone()
+        set_torch_compile_wrapper(model, backend="eager")
+        return model
+
+    model = accelerate(compiled(flux), CONFIG) if before else compiled(accelerate(flux, CONFIG))
+    assert distance(sample(model, "Flux"), expected) < 1e-3
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "behind"])
+@pytest.mark.parametrize(("node", "title"), [(EasyCacheNode, "EasyCache"), (LazyCacheNode, "LazyCache")])
+def test_other_caches_on_the_same_model_are_refused(flux: Any, node: Any, title: str, before: bool) -> None:
+    def cached(model: Any) -> Any:
+        return node.execute(model, 0.2, 0.15, 0.95, False).result[0]
+
+    model = accelerate(cached(flux), CONFIG) if before else cached(accelerate(flux, CONFIG))
+    with pytest.raises(ValueError, match=f"{title} and TAP"):
+        sample(model, "Flux")
+
+
+# ------------------------------------------------------------------------------------------------------------ hindsight
+
+
+def test_hindsight_is_for_euler_alone_and_flow_matching(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    timeline = comfy._timeline
+
+    def seen(*args: Any) -> Any:
+        asked.append(timeline(*args))
+        return asked[-1]
+
+    monkeypatch.setattr(comfy, "_timeline", seen)
+    accelerated = accelerate(flux, CONFIG)
+    for sampler in ("euler", "dpmpp_2m", "euler_ancestral", "heun"):
+        sample(accelerated, "Flux", sampler)
+    assert [found.prediction for found in asked] == ["flow", None, None, None]
