@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from server import ROOT, Server, checkout, running
 
 import tap_diffusion
-from server import ROOT, Server, checkout, running
 
 NODE = ROOT / "comfyui"
 
