@@ -223,7 +223,14 @@ def test_windows_of_frames(wan: Any, schedule: str) -> None:
     accelerated = accelerate(windowed, CONFIG)
     result = sample(accelerated, "WAN21_T2V", **kind)
     found = found_in(accelerated)
-    print(schedule, found.full_steps, found.fallbacks, found.notes, distance(result, plain), set(c.branch for c in found.choices))
+    print(
+        schedule,
+        found.full_steps,
+        found.fallbacks,
+        found.notes,
+        distance(result, plain),
+        set(c.branch for c in found.choices),
+    )
     assert 0
 
 
