@@ -35,11 +35,11 @@ def flux() -> Any:
     return build("Flux")
 
 
-class Flow(model_sampling.ModelSamplingDiscreteFlow, model_sampling.CONST):  # type: ignore[misc]
+class Flow(model_sampling.ModelSamplingDiscreteFlow, model_sampling.CONST):
     """As ComfyUI puts it together for SD3."""
 
 
-class Noise(model_sampling.ModelSamplingDiscrete, model_sampling.EPS):  # type: ignore[misc]
+class Noise(model_sampling.ModelSamplingDiscrete, model_sampling.EPS):
     """As for PixArt."""
 
 
