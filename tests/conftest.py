@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,17 @@ from tiny import build_pipeline
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores, and the models are tiny
+
+
+class _Root:
+    """The repository's root has an ``__init__.py`` for ComfyUI alone; pytest is not to take it for a package."""
+
+    def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Dir | None:
+        return pytest.Dir.from_parent(parent, path=path) if path == Path(__file__).parents[1] else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_Root())  # globally: hooks of this file are for what lies under tests/
 
 
 @pytest.fixture(autouse=True)

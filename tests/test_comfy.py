@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import json
-import subprocess
-import sys
-import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -554,122 +549,6 @@ def test_calls_outside_of_a_sampling_run_are_plain() -> None:
     assert torch.equal(result, accelerated.model.apply_model(x, t, c_crossattn=text(1)))
     with pytest.raises(ValueError, match="not accelerated"):
         report(double.build())
-
-
-# ------------------------------------------------------------------------------------------------------------- the node
-
-
-@pytest.fixture(scope="module")
-def package() -> Any:
-    """The folder, imported as ComfyUI imports it."""
-    spec = importlib.util.spec_from_file_location("custom_nodes_tap", FOLDER / "__init__.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_node(package: Any) -> None:
-    assert package.NODE_CLASS_MAPPINGS.keys() == package.NODE_DISPLAY_NAME_MAPPINGS.keys() == {"TAPAccelerate"}
-    node = package.NODE_CLASS_MAPPINGS["TAPAccelerate"]
-    inputs = node.INPUT_TYPES()
-    named = inputs["required"] | inputs["optional"]
-    assert list(named) == ["model", "speedup", "full_steps", "config"]
-    assert all(options["tooltip"] for _, options in named.values())
-    patcher = double.build()
-    defaults = {name: options["default"] for name, (_, options) in named.items() if "default" in options}
-    (accelerated,) = getattr(node(), node.FUNCTION)(patcher, **defaults)
-    assert node.RETURN_TYPES == ("MODEL",)
-    assert accelerated.get_attachment(comfy.KEY).config == TAPConfig()
-    assert comfy.KEY not in patcher.attachments
-    assert torch.equal(sample(accelerated), sample(accelerate(patcher)))
-
-
-def test_settings_of_the_node(package: Any) -> None:
-    config, validate = package._config, package.TAPAccelerate.VALIDATE_INPUTS
-    assert config(3.0, 0, "") == TAPConfig(speedup=3.0)
-    assert config(3.0, 7, "  ") == TAPConfig(speedup=3.0, full_steps=7)
-    assert config(3.0, 7, '{"interval": 4, "granularity": "batch"}') == TAPConfig(
-        speedup=3.0, interval=4, granularity="batch"
-    )
-    assert config(3.0, 7, '{"full_steps": [0, 2, 5]}') == TAPConfig(speedup=3.0, full_steps=(0, 2, 5))
-    example = package.TAPAccelerate.INPUT_TYPES()["optional"]["config"][1]["tooltip"].split("example: ")[1]
-    assert config(5.0, 0, example) == TAPConfig.paper(6, offload="cpu")
-    assert validate(speedup=3.0, full_steps=0, config="") is True
-    assert validate() is True
-    assert "speedup" in validate(speedup=0.5)
-    assert "not JSON" in validate(config="{")
-    assert "no field 'speed'" in validate(config='{"speed": 2}')
-    assert "must be a JSON object" in validate(config="[1]")
-
-
-@pytest.mark.slow
-def test_the_integration_needs_no_diffusers() -> None:
-    """Nor what comes with it: ComfyUI's environment is not to be disturbed (`pip install --no-deps`)."""
-    code = (
-        "import sys\n"
-        "for name in ('diffusers', 'accelerate', 'transformers', 'typer', 'rich'): sys.modules[name] = None\n"
-        "import importlib.util as u\n"
-        f"spec = u.spec_from_file_location('node', {str(FOLDER / '__init__.py')!r})\n"
-        "spec.loader.exec_module(u.module_from_spec(spec))\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_registry_metadata() -> None:
-    data = tomllib.loads((FOLDER / "pyproject.toml").read_text())
-    assert {"name", "version", "description", "license", "dependencies"} <= data["project"].keys()
-    assert data["project"]["version"] == tap.__version__
-    assert {"PublisherId", "DisplayName"} <= data["tool"]["comfy"].keys()
-
-
-# Of the nodes in the example that are ComfyUI's own: links in, links out, and how many widgets. Read in ComfyUI's
-# templates (the package comfyui-workflow-templates-json, 0.1.123).
-CORE: dict[str, tuple[list[str], list[str], int]] = {
-    "UNETLoader": ([], ["MODEL"], 2),
-    "DualCLIPLoader": ([], ["CLIP"], 4),
-    "VAELoader": ([], ["VAE"], 1),
-    "CLIPTextEncode": (["CLIP"], ["CONDITIONING"], 1),
-    "FluxGuidance": (["CONDITIONING"], ["CONDITIONING"], 1),
-    "ConditioningZeroOut": (["CONDITIONING"], ["CONDITIONING"], 0),
-    "EmptySD3LatentImage": ([], ["LATENT"], 3),
-    "KSampler": (["MODEL", "CONDITIONING", "CONDITIONING", "LATENT"], ["LATENT"], 7),
-    "VAEDecode": (["LATENT", "VAE"], ["IMAGE"], 0),
-    "SaveImage": (["IMAGE"], [], 1),
-}
-
-
-def test_example_workflow(package: Any) -> None:
-    """Its links are whole, and its nodes are what ComfyUI and the node say they are."""
-    graph = json.loads((FOLDER / "example_workflows" / "flux_tap.json").read_text())
-    nodes = {node["id"]: node for node in graph["nodes"]}
-    assert (graph["version"], graph["last_node_id"], graph["last_link_id"]) == (0.4, max(nodes), len(graph["links"]))
-    for number, origin, out, target, into, kind in graph["links"]:
-        assert number in nodes[origin]["outputs"][out]["links"]
-        assert nodes[target]["inputs"][into]["link"] == number
-        assert nodes[origin]["outputs"][out]["type"] == nodes[target]["inputs"][into]["type"] == kind
-        assert nodes[origin]["order"] < nodes[target]["order"]
-    assert all(slot["link"] is not None for node in nodes.values() for slot in node["inputs"])
-    for node in nodes.values():
-        inputs, outputs = ([slot["type"] for slot in node[side]] for side in ("inputs", "outputs"))
-        if node["type"] in CORE:
-            assert (inputs, outputs, len(node["widgets_values"])) == CORE[node["type"]]
-    (own,) = [node for node in nodes.values() if node["type"] not in CORE]
-    cls = package.NODE_CLASS_MAPPINGS[own["type"]]
-    assert own["title"] == package.NODE_DISPLAY_NAME_MAPPINGS[own["type"]]
-    types = cls.INPUT_TYPES()
-    named = types["required"] | types["optional"]
-    links = {name: kind for name, (kind, _) in named.items() if kind == "MODEL"}
-    assert {slot["name"]: slot["type"] for slot in own["inputs"]} == links
-    assert tuple(slot["type"] for slot in own["outputs"]) == cls.RETURN_TYPES
-    widgets = {
-        name: value for name, value in zip([n for n in named if n not in links], own["widgets_values"], strict=True)
-    }
-    assert cls.VALIDATE_INPUTS(**widgets) is True
-    for name, value in widgets.items():
-        assert isinstance(value, {"FLOAT": float, "INT": int, "STRING": str}[named[name][0]])
-    assert (FOLDER / "example_workflows" / "flux_tap.jpg").exists()
 
 
 # ------------------------------------------------------------------------------------------------------ trained weights

