@@ -254,8 +254,10 @@ class _Run:
         self._position = _Position(levels, rehearsal)
         self._steps = len(levels)
         self._timeline = _timeline(levels, model_sampling, sampler, rehearsal)
-        start, end = (float(model_sampling.percent_to_sigma(percent)) for percent in accelerator.part)
-        self._config = _within(accelerator.config, accelerator.spec, levels, self._timeline, start, end)
+        self._config = accelerator.config
+        if accelerator.part != (0, 1):
+            start, end = (float(model_sampling.percent_to_sigma(percent)) for percent in accelerator.part)
+            self._config = _within(accelerator.config, accelerator.spec, levels, self._timeline, start, end)
         self._lanes: dict[int, _Lane] = {}  # by id of the diffusion model: there are several with several GPUs
         self._names: dict[Hashable, str] = {}  # of branches
         self._seen: Counter[Hashable] = Counter()  # branches in this evaluation
@@ -395,6 +397,8 @@ class _Position:
         """Take note of another evaluation; return whether it goes on from the last. If noise was added, it doesn't."""
         noise = self._planned[self._count] if self._count < len(self._planned) else float(sigma.max())
         self._count += 1
+        if not sigma.is_cuda and not math.isclose(noise, actual := float(sigma.max()), rel_tol=1e-3):
+            self._planned, noise = (), actual  # something else has evaluated the model in between
         step = step_at(self._levels, noise)
         goes_on = step >= self.step or self._goes_back
         if not goes_on:
@@ -435,10 +439,10 @@ def _within(
 ) -> TAPConfig:
     """The configuration of a run in which only steps between two noise levels may be predicted."""
     inside = [step for step, level in enumerate(levels) if end <= level <= start]
-    if len(inside) == len(levels):
-        return config
     outside = [step for step in range(len(levels)) if step not in inside]
-    if inside:
+    if isinstance(config.full_steps, tuple):
+        outside += config.full_steps
+    elif inside:
         first, count = inside[0], len(inside)
         part = None if timeline is None else replace(timeline, noise=timeline.noise[first : first + count])
         is_full = plan(settled(config, spec), count, part)
