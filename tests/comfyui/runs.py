@@ -13,8 +13,9 @@ import real  # noqa: F401 - finds ComfyUI
 import torch
 from comfy import sample as comfy_sample
 from comfy import samplers
-from tiny_comfy import MODELS, Conditioning, noise
 from torch import Tensor
+
+from tiny_comfy import MODELS, Conditioning, noise
 
 STEPS = 12
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import tap_diffusion
-from server import ROOT, Server, checkout, running
+from comfy_server import ROOT, Server, checkout, running
 
 NODE = ROOT / "comfyui"
 
