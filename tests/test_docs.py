@@ -123,7 +123,7 @@ def check(command: str, is_whole: bool = True) -> None:
     """Parse a command as far as that goes without running it."""
     program, name, *rest = shlex.split(command)
     if program == "make":
-        assert name in re.findall(r"(?m)^([a-z]+):", text_of("Makefile"))
+        assert name in re.findall(r"(?m)^([a-z-]+):", text_of("Makefile"))
     elif program == "python":
         assert importlib.util.find_spec(rest[0]) is not None
     elif program == "pytest":

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from comfy_server import ROOT, Server, checkout, running
 
 import tap_diffusion
-from comfy_server import ROOT, Server, checkout, running
 
 NODE = ROOT / "comfyui"
 
