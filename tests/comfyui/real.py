@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 import standins
 
 COMFYUI = Path(os.environ.get("COMFYUI", Path(sys.prefix, "comfyui")))

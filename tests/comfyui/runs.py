@@ -13,9 +13,8 @@ import real  # noqa: F401 - finds ComfyUI
 import torch
 from comfy import sample as comfy_sample
 from comfy import samplers
-from torch import Tensor
-
 from tiny_comfy import MODELS, Conditioning, noise
+from torch import Tensor
 
 STEPS = 12
 

@@ -11,11 +11,11 @@ import real  # noqa: F401 - finds ComfyUI
 import pytest
 import torch
 from comfy import supported_models
-
 from runs import STEPS, distance, full_passes, sample, watched
+from tiny_comfy import MODELS, build
+
 from tap_diffusion import TAPConfig, UnsupportedModelError
 from tap_diffusion.integrations.comfy import accelerate, report
-from tiny_comfy import MODELS, build
 
 # Models that TAP does not accelerate. Where a spec is added, its name goes from here, and all tests below apply.
 REFUSED = {"CosmosI2V", "CosmosT2V"}

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-
 import real  # noqa: F401 - finds ComfyUI
 
 # isort: split
@@ -21,13 +20,13 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_sd3 import SkipLayerGuidanceSD3
+from runs import STEPS, distance, sample, sample_with, watched
+from tiny_comfy import CPU, MODELS, build, fill, noise
 from torch import Tensor
 
-from runs import STEPS, distance, sample, sample_with, watched
 from tap_diffusion import TAPConfig
 from tap_diffusion.integrations import comfy
 from tap_diffusion.integrations.comfy import accelerate, report
-from tiny_comfy import CPU, MODELS, build, fill, noise
 
 FULL = 5
 CONFIG = TAPConfig(full_steps=FULL)

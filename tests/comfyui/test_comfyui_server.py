@@ -7,21 +7,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-
 import real  # noqa: F401 - finds ComfyUI
 
 # isort: split
 import nodes
 import torch
 from comfy import sd, utils
-from safetensors.torch import load_file
-from torch import Tensor
-
 from comfy_server import ROOT, Server, running
 from runs import distance
+from safetensors.torch import load_file
+from tiny_comfy import MODELS, Tiny, build, noise
+from torch import Tensor
+
 from tap_diffusion import TAPConfig
 from tap_diffusion.integrations.comfy import accelerate, report
-from tiny_comfy import MODELS, Tiny, build, noise
 
 # ComfyUI reads sizes off a checkpoint, but takes all heads of Wan to be of 128 channels, and its text features of 4096.
 SHORT = {"SD3": "SD3", "Wan": "WAN21_T2V"}
