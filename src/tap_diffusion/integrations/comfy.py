@@ -287,14 +287,18 @@ class _Run:
         if lane is None:
             lane = self._lanes[id(module)] = _Lane(self._accelerator, self._config, module)
         first = not lane.has_begun
+        branches = self._branches(options, len(x))
         calls = [
-            Call(self._position.step, branch, first and i == 0, None, self._steps, self._timeline)
-            for i, branch in enumerate(self._branches(options, len(x)))
+            Call(self._position.step, self._named(branch), first and i == 0, None, self._steps, self._timeline)
+            for i, branch in enumerate(branches)
         ]
+        for call, (*part, turn) in zip(calls, branches, strict=True):
+            if turn > 0:  # the first of its kind
+                lane.engine.begin_like(call, self._named((*part, turn - 1)))
         return lane.run_on(calls, forward, x.device)
 
-    def _branches(self, options: dict[str, Any], batch: int) -> list[str]:
-        """The branch of each part of a batch.
+    def _branches(self, options: dict[str, Any], batch: int) -> list[tuple[Any, ...]]:
+        """The branch of each part of a batch, with the turn at the end.
 
         A part is known by its condition. A condition may come again within one evaluation (skip-layer guidance), at a
         step's second evaluation (Heun), and for one window of frames after the other.
@@ -309,12 +313,12 @@ class _Run:
         for condition, uuid in parts:
             part = condition, uuid, None if window is None else tuple(window)
             self._seen[part] += 1
-            kind = "cond" if condition == 0 else "uncond"
-            branches.append(self._named((*part, self._seen[part], self._position.turn), kind))
+            branches.append((*part, self._seen[part], self._position.turn))
         return branches
 
-    def _named(self, branch: Hashable, kind: str) -> str:
+    def _named(self, branch: tuple[Any, ...]) -> str:
         if branch not in self._names:
+            kind = "cond" if branch[0] == 0 else "uncond"
             count = sum(name.split()[0] == kind for name in self._names.values())
             self._names[branch] = kind if count == 0 else f"{kind} {count + 1}"
         return self._names[branch]
