@@ -60,6 +60,8 @@ def build(name: str, seed: int = 0) -> Any:
     model = config.get_model(_seconds() if name == "StableAudio" else {}, "")
     if name == "WAN22_Animate":
         model.diffusion_model.motion_encoder = _Motion()
+    if name == "ACEStep":  # whose encoder of lyrics has one size
+        del model.diffusion_model.lyric_encoder.encoders[1:]
     fill(model, seed)
     return ModelPatcher(model, load_device=CPU, offload_device=CPU)
 
@@ -303,7 +305,7 @@ MODELS: dict[str, Tiny] = {
         _WAN | {"model_type": "animate", "in_dim": 36, "num_layers": 10}, _VIDEO,
         rest=given(
             clip_vision_output=vision(1, 257, 1280), pose_video_latent=same(1, 16, 2, 8, 8),
-            face_video_pixels=same(1, 3, 8, 512, 512),
+            face_video_pixels=same(1, 3, 8, 16, 16),
         ),
     ),
     "Hunyuan3Dv2": Tiny(_HUNYUAN_3D, (64, 20)),

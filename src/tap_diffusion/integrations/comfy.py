@@ -99,8 +99,8 @@ REFUSED: dict[str, str] = {
     "StageC": f"Stable Cascade is a U-Net; {_NO_TRANSFORMER}",
 }
 
-_OTHER_CACHES = {  # by keys of their wrappers and of a run's transformer options
-    "easycache": "EasyCache", "lazycache": "LazyCache", "rel_l1_thresh": "TeaCache", "cache_dit_turbo": "CacheDiT",
+_OTHER_CACHES = {  # by keys of their wrappers and of a run's transformer options; LazyCache has both of these
+    "lazycache": "LazyCache", "easycache": "EasyCache", "rel_l1_thresh": "TeaCache", "cache_dit_turbo": "CacheDiT",
     "wan_cache": "CacheDiT", "ltx2_cache": "CacheDiT",
 }  # fmt: skip
 
