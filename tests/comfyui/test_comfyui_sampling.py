@@ -439,13 +439,7 @@ def test_torch_compile_of_the_model(flux: Any, before: bool) -> None:
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "behind"])
-@pytest.mark.parametrize(
-    ("node", "title"),
-    [
-        (EasyCacheNode, "EasyCache"),
-        pytest.param(LazyCacheNode, "LazyCache", marks=pytest.mark.xfail(strict=True, reason="is taken for EasyCache")),
-    ],
-)
+@pytest.mark.parametrize(("node", "title"), [(EasyCacheNode, "EasyCache"), (LazyCacheNode, "LazyCache")])
 def test_other_caches_on_the_same_model_are_refused(flux: Any, node: Any, title: str, before: bool) -> None:
     def cached(model: Any) -> Any:
         return node.execute(model, 0.2, 0.15, 0.95, False).result[0]

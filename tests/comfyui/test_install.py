@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server import ROOT, Server, checkout, running
+from comfy_server import ROOT, Server, checkout, running
 
 import tap_diffusion
 

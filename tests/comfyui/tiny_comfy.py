@@ -87,7 +87,9 @@ def _seconds() -> dict[str, Tensor]:
 def fill(model: nn.Module, seed: int) -> None:
     """Random weights, for ComfyUI leaves them as memory was. Those that training begins with at 0 are filled, too."""
     generator = torch.Generator().manual_seed(seed)
-    for name, value in model.named_parameters():
+    # Other buffers are computed.
+    read = [(name, value) for name, value in model.named_buffers() if name.endswith(("pos_embed", "y_embedding"))]
+    for name, value in (*model.named_parameters(), *read):
         random = torch.randn(value.shape, generator=generator)
         if value.ndim > 1:
             value.copy_(random / math.sqrt(math.prod(value.shape[1:])))

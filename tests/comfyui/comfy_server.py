@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,8 @@ class Server:
         request = urllib.request.Request(self._url + path, json.dumps(data).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
-                return answer.status, json.load(answer)
+                body = answer.read()
+                return answer.status, json.loads(body) if body else None
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)
 
@@ -77,18 +78,24 @@ class Server:
         """Check a workflow, in the form of ComfyUI's API, and have it run where it is right."""
         return self.post("/prompt", {"prompt": prompt})
 
-    def run(self, prompt: dict[str, Any], timeout: float = 300) -> dict[str, Any]:
+    def run(self, prompt: dict[str, Any]) -> dict[str, Any]:
         """Run a workflow to its end: its entry in the history."""
         status, answer = self.queue(prompt)
         assert status == 200, answer
-        number = answer["prompt_id"]
+        return self.ended(answer["prompt_id"])
+
+    def ended(self, number: str) -> dict[str, Any]:
+        """The entry in the history of a workflow that was queued, once it has ended."""
+        self.wait_for(lambda: number in self.get(f"/history/{number}"))
+        found: dict[str, Any] = self.get(f"/history/{number}")[number]
+        return found
+
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 300) -> None:
         end = time.monotonic() + timeout
-        while time.monotonic() < end:
-            history: dict[str, Any] = self.get(f"/history/{number}")
-            if number in history:
-                return history[number]
+        while not condition():
+            if time.monotonic() > end:
+                raise TimeoutError(f"the log ends so:\n{self.log[-3000:]}")
             time.sleep(0.2)
-        raise TimeoutError(f"the workflow did not end; the log ends so:\n{self.log[-3000:]}")
 
 
 def checkout(folder: Path) -> None:
