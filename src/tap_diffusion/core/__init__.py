@@ -1,0 +1,1 @@
+"""The method. Knows no model and no host."""
