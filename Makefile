@@ -17,7 +17,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(INSTALLED) ## generate 8 prompts with and without TAP, into out/demo
-	$(BIN)/tap generate --prompts src/tap_diffusion/demo/prompts.txt --full-steps 8 --compare --repeats 3 --out out/demo
+	$(BIN)/tap generate --prompts src/tap_diffusion/apps/ui/prompts.txt --full-steps 8 --compare --repeats 3 --out out/demo
 
 bench: $(INSTALLED) ## TAP against a few rivals on the embedded model, minutes; the report goes to out/bench
 	$(BIN)/tap bench --suite quick --out out/bench

@@ -13,7 +13,7 @@ if (_SRC / "tap_diffusion").is_dir() and str(_SRC) not in sys.path:
 
 try:
     from tap_diffusion import ConfigError, TAPConfig
-    from tap_diffusion.integrations.comfy import accelerate
+    from tap_diffusion.integrations.comfyui import accelerate
 except ModuleNotFoundError as error:
     raise ImportError(
         f"the node TAP accelerate needs the package tap-diffusion in ComfyUI's Python ({error}); see its README"

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tap_diffusion.bench import BASELINE
-from tap_diffusion.predictors import FAMILIES
+from tap_bench import BASELINE
+from tap_diffusion.core.predictors import FAMILIES
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -226,7 +226,7 @@ def per_model(show: Callable[[list[Cell]], str]) -> str:
 
 def budgets(cells: list[Cell]) -> str:
     """For each budget what TAP costs and gives, beside the best of what is not TAP; and the plot."""
-    from tap_diffusion.bench.plots import evaluations_plot
+    from tap_bench.plots import evaluations_plot
 
     rows = []
     for budget in _budgets(cells):

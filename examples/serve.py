@@ -21,10 +21,10 @@ from ray import serve
 from ray.serve.metrics import Counter, Histogram
 
 import tap_diffusion as tap
-from tap_diffusion.demo.sheets import png, to_image
-from tap_diffusion.errors import UsageError
-from tap_diffusion.generate import Request, draw, guidance_for, load_pipeline, prompt_for
-from tap_diffusion.pipelines import frames_argument
+from tap_diffusion.apps.generate import Request, draw, guidance_for, load_pipeline, prompt_for
+from tap_diffusion.apps.pipelines import frames_argument
+from tap_diffusion.apps.sheets import png, to_image
+from tap_diffusion.core.errors import UsageError
 
 BATCH = 8  # pictures at a time, at most
 PATIENCE = 0.05  # seconds that the first of a batch waits for others

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 
 from diffusers import FluxPipeline
 
-from tap_diffusion import engine
+from tap_diffusion.core import engine
 from tap_diffusion.demo import EMOJI
 from tiny import build_pipeline
 

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 import comfy_double as double
 import tap_diffusion as tap
 from tap_diffusion import TAPConfig, TAPWarning, UnsupportedModelError
-from tap_diffusion.integrations import comfy, models, passes
-from tap_diffusion.integrations.comfy import accelerate, report
-from tap_diffusion.integrations.models import Stream
+from tap_diffusion.integrations import passes
+from tap_diffusion.integrations import specs as models
+from tap_diffusion.integrations.comfyui import accelerate, report
+from tap_diffusion.integrations.comfyui import wrappers as comfy
+from tap_diffusion.integrations.specs import Stream
 
 FOLDER = Path(__file__).parents[1] / "comfyui"
 STEPS = 12

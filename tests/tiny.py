@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from tap_diffusion.core.engine import Engine
 from tap_diffusion.demo.train import build_tokenizers
-from tap_diffusion.engine import Engine
 
 WORDS = ["red apple", "green frog face", "blue book"]
 TOKENS = 6  # of a caption

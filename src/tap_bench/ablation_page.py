@@ -1,6 +1,6 @@
 """A page on the ablations of one or several models, and its plots.
 
-python -m tap_diffusion.bench.ablation_page docs/ablations.md out/ablations-emoji out/ablations-fashion
+python -m tap_bench.ablation_page docs/ablations.md out/ablations-emoji out/ablations-fashion
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from tap_diffusion.bench.report import signed, verdict
-from tap_diffusion.errors import UsageError
+from tap_bench.report import signed, verdict
+from tap_diffusion.core.errors import UsageError
 
 Results = dict[str, Any]  # of one model, as results.json holds them
 
@@ -56,7 +56,7 @@ def write_page(folders: Sequence[Path], page: Path) -> None:
     """Write a page of Markdown, and its plots as SVG files beside it.
 
     Args:
-        folders: of runs of :class:`tap_diffusion.bench.ablations.Ablations`, one for each model.
+        folders: of runs of :class:`tap_bench.ablations.Ablations`, one for each model.
         page: the file to write.
 
     Raises:
@@ -289,7 +289,7 @@ def _legend(figure: Figure, axes: Any, row: int = 0) -> None:
 
 def main(
     page: Annotated[Path, typer.Argument(help="The file to write; plots go beside it.")],
-    folders: Annotated[list[Path], typer.Argument(help="Folders of runs of tap_diffusion.bench.ablations.")],
+    folders: Annotated[list[Path], typer.Argument(help="Folders of runs of tap_bench.ablations.")],
 ) -> None:
     """Write a page on the ablations of one or several models."""
     write_page(folders, page)

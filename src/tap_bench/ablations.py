@@ -1,7 +1,7 @@
 """The paper's ablations on the models of the bench, and some that need the truth; the same of the recommended settings.
 
-    python -m tap_diffusion.bench.ablations --model emoji --samples 32 --budgets 14,8 --out out/ablations-emoji
-    python -m tap_diffusion.bench.ablations --of recommended --model emoji --samples 32 --out out/beyond-emoji
+    python -m tap_bench.ablations --model emoji --samples 32 --budgets 14,8 --out out/ablations-emoji
+    python -m tap_bench.ablations --of recommended --model emoji --samples 32 --out out/beyond-emoji
 
 Each cell changes one thing of TAP as the paper has it, on the paper's schedule, or of TAP as it is recommended, and is
 compared with it pair by pair. The output folder holds one Parquet file per cell, ``results.json``, and a page with
@@ -28,19 +28,19 @@ import typer
 from torch import Tensor
 from tqdm import tqdm
 
-from tap_diffusion.bench import BASELINE, metrics, truth
-from tap_diffusion.bench.ablation_page import write_page
-from tap_diffusion.bench.bench import Bench, Suite
-from tap_diffusion.bench.calibration import run
-from tap_diffusion.bench.methods import Method, Setting, Variant, on_engine
-from tap_diffusion.bench.models import MODELS, BenchModel
-from tap_diffusion.config import TAPConfig
-from tap_diffusion.engine import Engine
-from tap_diffusion.files import write_json, write_whole
-from tap_diffusion.predictors import Candidate
-from tap_diffusion.schedule import even_steps, paper_steps
-from tap_diffusion.timeline import Timeline
-from tap_diffusion.tracking import Call
+from tap_bench import BASELINE, metrics, truth
+from tap_bench.ablation_page import write_page
+from tap_bench.bench import Bench, Suite
+from tap_bench.calibration import run
+from tap_bench.methods import Method, Setting, Variant, on_engine
+from tap_bench.models import MODELS, BenchModel
+from tap_diffusion.apps.files import write_json, write_whole
+from tap_diffusion.core.call import Call
+from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.core.engine import Engine
+from tap_diffusion.core.predictors import Candidate
+from tap_diffusion.core.schedule import even_steps, paper_steps
+from tap_diffusion.core.timeline import Timeline
 
 SOURCE = "arXiv 2603.03792"
 ORDERS: tuple[tuple[int, ...], ...] = ((0, 1), (1, 2), (0, 1, 2), (0, 1, 2, 3))

@@ -26,18 +26,18 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from tap_bench import BASELINE, metrics
+from tap_bench.calibration import SEED, Calibration, run, run_all
+from tap_bench.counting import Counts, flops, live_bytes
+from tap_bench.methods import Method, Setting, Variant
+from tap_bench.models import BenchModel, Drawn
+from tap_bench.timing import cell_name, read_times, speedup, stopwatch, time_cells
 from tap_diffusion import __version__
-from tap_diffusion.bench import BASELINE, metrics
-from tap_diffusion.bench.calibration import SEED, Calibration, run, run_all
-from tap_diffusion.bench.counting import Counts, flops, live_bytes
-from tap_diffusion.bench.methods import Method, Setting, Variant
-from tap_diffusion.bench.models import BenchModel, Drawn
-from tap_diffusion.bench.timing import cell_name, read_times, speedup, stopwatch, time_cells
-from tap_diffusion.demo.sheets import sheet
-from tap_diffusion.errors import UsageError
-from tap_diffusion.files import write_json, write_whole
-from tap_diffusion.media import check_videos, encoded
-from tap_diffusion.pipelines import frames_argument
+from tap_diffusion.apps.files import write_json, write_whole
+from tap_diffusion.apps.media import check_videos, encoded
+from tap_diffusion.apps.pipelines import frames_argument
+from tap_diffusion.apps.sheets import sheet
+from tap_diffusion.core.errors import UsageError
 
 SHOWN = 8  # samples of each cell that are kept as pictures; of videos half as many
 LARGEST = 256  # pixels of their longer side

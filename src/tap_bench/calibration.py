@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tap_diffusion.bench import metrics
-from tap_diffusion.bench.counting import Counts, counted
-from tap_diffusion.bench.methods import Variant, on_engine
-from tap_diffusion.bench.models import BenchModel, Drawn, draw
-from tap_diffusion.config import Probe, TAPConfig
-from tap_diffusion.engine import Engine
-from tap_diffusion.timeline import Timeline
-from tap_diffusion.tracking import Call
+from tap_bench import metrics
+from tap_bench.counting import Counts, counted
+from tap_bench.methods import Variant, on_engine
+from tap_bench.models import BenchModel, Drawn, draw
+from tap_diffusion.core.call import Call
+from tap_diffusion.core.config import Probe, TAPConfig
+from tap_diffusion.core.engine import Engine
+from tap_diffusion.core.timeline import Timeline
 
 SEED = 10_000  # of the first calibration sample, far from those of the measured
 

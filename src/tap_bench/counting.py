@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tap_diffusion.integrations.api import transformers
 from tap_diffusion.integrations.depth import attentions
-from tap_diffusion.integrations.models import SPECS
+from tap_diffusion.integrations.diffusers.api import transformers
+from tap_diffusion.integrations.specs import SPECS
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Measure the demo model, and TAP on it.
 
-    python -m tap_diffusion.demo.evaluate --data out/train/data --out out/evaluation.json
+    python -m tap_bench.emoji_evaluation --data out/train/data --out out/evaluation.json
 
 Needs the training pictures, which it downloads with npm where they are missing.
 """
@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from tap_diffusion.config import TAPConfig
+from tap_diffusion.apps.generate import Request, psnr, run
+from tap_diffusion.core.config import TAPConfig
 from tap_diffusion.demo import EMOJI, data
 from tap_diffusion.demo.train import encode, split_pictures
-from tap_diffusion.generate import Request, psnr, run
-from tap_diffusion.integrations.api import enabled, report
+from tap_diffusion.integrations.diffusers.api import enabled, report
 
 METHODS: dict[str, dict[str, Any]] = {
     "reuse (order 0)": {"orders": (0,)},

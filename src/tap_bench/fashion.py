@@ -1,7 +1,7 @@
 """The model ``fashion``: a class-conditional DiT on Fashion-MNIST, the paper's DiT setting in small.
 
-    python -m tap_diffusion.bench.fashion train --work out/fashion --data /usr/share/datasets/fashion-mnist
-    python -m tap_diffusion.bench.fashion export --work out/fashion --to DIR
+    python -m tap_bench.fashion train --work out/fashion --data /usr/share/datasets/fashion-mnist
+    python -m tap_bench.fashion export --work out/fashion --to DIR
 
 Noise prediction over 1000 linear steps (DDPM, arXiv 2006.11239), 32×32 grey pixels, labels dropped for guidance. The
 data is Debian's package dataset-fashion-mnist (MIT), or the four files of https://github.com/zalandoresearch/fashion-mnist.
@@ -20,8 +20,8 @@ import typer
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from torch import Tensor, nn
 
-from tap_diffusion.bench.pixels import PixelDiTPipeline
-from tap_diffusion.demo.sheets import sheet
+from tap_bench.pixels import PixelDiTPipeline
+from tap_diffusion.apps.sheets import sheet
 from tap_diffusion.demo.train import (
     Batch,
     LearningRate,

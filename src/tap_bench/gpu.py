@@ -1,7 +1,7 @@
 """Everything that has to be measured on a GPU, in one go, into one JSON file.
 
-    python -m tap_diffusion.bench.gpu --out gpu.json
-    python -m tap_diffusion.bench.gpu --smoke --out smoke.json  # tiny, on a CPU, to see that it runs
+    python -m tap_bench.gpu --out gpu.json
+    python -m tap_bench.gpu --smoke --out smoke.json  # tiny, on a CPU, to see that it runs
 
 The kernels by themselves; then, for FLUX.1-dev, Qwen-Image and HunyuanVideo at true size with random weights, the
 profile of a predicted step, whole denoising loops of TAP and of other packages' caches with as many full steps, TAP
@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 
-from tap_diffusion.bench.profile import machine, profile
-from tap_diffusion.bench.profile.loops import Loops, attempted
-from tap_diffusion.bench.profile.subjects import of_size
-from tap_diffusion.config import TAPConfig
-from tap_diffusion.errors import UsageError
-from tap_diffusion.files import write_json
+from tap_bench.profile import machine, profile
+from tap_bench.profile.loops import Loops, attempted
+from tap_bench.profile.subjects import of_size
+from tap_diffusion.apps.files import write_json
+from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.core.errors import UsageError
 
 SIZES = ("flux", "qwen-image", "hunyuan-video")
 
@@ -37,12 +37,12 @@ SIZES = ("flux", "qwen-image", "hunyuan-video")
 def kernels() -> dict[str, Any]:
     """The kernels' tests, which run on the GPU where this is called in a checkout, and their benchmark."""
     found = {}
-    tests = Path("tests/test_kernels.py")
+    tests = Path("tests/core/test_kernels.py")
     if tests.exists():
         found["tests"] = _output("pytest", "-n", "0", "-q", str(tests)).splitlines()[-1]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernels.json"
-        _output("tap_diffusion.kernels.benchmark", "--out", str(file))
+        _output("tap_diffusion.core.kernels.benchmark", "--out", str(file))
         return found | json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -56,7 +56,7 @@ def _output(module: str, *arguments: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m tap_diffusion.bench.gpu", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tap_bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="file to write")
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES, help="all, where none are given")
     parser.add_argument("--steps", type=int, default=50)

@@ -1,8 +1,8 @@
 """Judges that need no reference picture: does it show what was asked for?
 
-    python -m tap_diffusion.bench.judges fashion --data /usr/share/datasets/fashion-mnist
-    python -m tap_diffusion.bench.judges sprites --data FOLDER
-    python -m tap_diffusion.bench.judges emoji --data FOLDER
+    python -m tap_bench.judges fashion --data /usr/share/datasets/fashion-mnist
+    python -m tap_bench.judges sprites --data FOLDER
+    python -m tap_bench.judges emoji --data FOLDER
 
 Each writes its weights beside the models' (``bench/weights``), small enough to be shipped. ``emoji`` needs no training:
 it keeps the training pictures' latents, coarsely, and asks which of them is nearest.
@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tap_diffusion.bench import WEIGHTS, fashion, sprites
+from tap_bench import WEIGHTS, fashion, sprites
 from tap_diffusion.demo import EMOJI, data
 from tap_diffusion.demo.train import device, encode
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from tap_diffusion import generate
+from tap_diffusion.apps import generate
 
 CEILING_DB = 120.0  # of results that are equal, whose PSNR is infinite
 

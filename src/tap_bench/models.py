@@ -12,14 +12,14 @@ import diffusers
 import torch
 from torch import Tensor
 
-from tap_diffusion.bench import judges, sprites
-from tap_diffusion.bench.recipes import Recipe
-from tap_diffusion.bench.scores import DISTANCES, SCORES, check
+from tap_bench import judges, sprites
+from tap_bench.recipes import Recipe
+from tap_bench.scores import DISTANCES, SCORES, check
+from tap_diffusion.apps.generate import load_pipeline
+from tap_diffusion.apps.pipelines import drawn
+from tap_diffusion.core.errors import UsageError
 from tap_diffusion.demo import data
 from tap_diffusion.demo.train import MAX_TOKENS
-from tap_diffusion.errors import UsageError
-from tap_diffusion.generate import load_pipeline
-from tap_diffusion.pipelines import drawn
 
 MEASURED = 256  # samples that the bench's own models have to be measured on
 

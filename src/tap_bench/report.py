@@ -20,8 +20,8 @@ from PIL import Image
 from rich.markup import escape as escape_markup
 from rich.table import Table
 
-from tap_diffusion.bench import BASELINE, plots
-from tap_diffusion.errors import UsageError
+from tap_bench import BASELINE, plots
+from tap_diffusion.core.errors import UsageError
 
 Cell = dict[str, Any]
 Verdict = Literal["baseline", "better", "worse", "not told apart", "not compared"]

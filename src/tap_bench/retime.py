@@ -1,6 +1,6 @@
 """Timing the cells of a report again, on this machine, without tuning or measuring anything.
 
-    python -m tap_diffusion.bench.retime docs/bench/emoji --out out/emoji
+    python -m tap_bench.retime docs/bench/emoji --out out/emoji
 
 Every cell runs as the report says that it was tuned. The output folder gets the report with these times, and none of
 those that it had. A call that was stopped goes on where it was.
@@ -20,15 +20,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tap_diffusion.bench.bench import SUITES, environment
-from tap_diffusion.bench.calibration import Calibration, run
-from tap_diffusion.bench.counting import counted
-from tap_diffusion.bench.methods import Method, Setting, Variant, registry
-from tap_diffusion.bench.models import MODELS
-from tap_diffusion.bench.report import Cell, read_cells, renew_report
-from tap_diffusion.bench.timing import cell_name, read_times, speedup, stopwatch, time_cells
-from tap_diffusion.errors import UsageError
-from tap_diffusion.files import write_json
+from tap_bench.bench import SUITES, environment
+from tap_bench.calibration import Calibration, run
+from tap_bench.counting import counted
+from tap_bench.methods import Method, Setting, Variant, registry
+from tap_bench.models import MODELS
+from tap_bench.report import Cell, read_cells, renew_report
+from tap_bench.timing import cell_name, read_times, speedup, stopwatch, time_cells
+from tap_diffusion.apps.files import write_json
+from tap_diffusion.core.errors import UsageError
 
 FITTED = {"teacache": "coefficients", "diffusers-magcache-ratios": "mag_ratios"}  # the setting that tells it
 OTHERS = ("threshold", "residual_diff_threshold", "full_steps")
@@ -152,7 +152,7 @@ def write_times(out: Path, times: Mapping[str, Sequence[float]]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m tap_diffusion.bench.retime", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tap_bench.retime", description=__doc__.split("\n")[0])
     parser.add_argument("report", type=Path, help="folder of a finished run of the bench")
     parser.add_argument("--out", type=Path, required=True, help="another folder")
     parser.add_argument("--budgets", type=lambda text: [int(part) for part in text.split(",")], help="like 14,10,8,6")

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from transformers import CLIPModel, CLIPProcessor
 
-from tap_diffusion.errors import UsageError
+from tap_diffusion.core.errors import UsageError
 
 
 @cache

@@ -1,7 +1,7 @@
 """The model ``sprites``: text to video with Wan's transformer, an emoji that moves over a still, textured ground.
 
-    python -m tap_diffusion.bench.sprites train --work out/sprites
-    python -m tap_diffusion.bench.sprites export --work out/sprites --to DIR
+    python -m tap_bench.sprites train --work out/sprites
+    python -m tap_bench.sprites export --work out/sprites --to DIR
 
 Flow matching (arXiv 2210.02747) in pixel space, 8 frames of 32×32 pixels, captions such as ``red apple moves left over
 grass``. The videos are made as they are needed, from Noto Emoji (see ``tap_diffusion.demo.data``).
@@ -24,9 +24,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
-from tap_diffusion.bench.pixels import PixelWanPipeline
+from tap_bench.pixels import PixelWanPipeline
+from tap_diffusion.apps.sheets import sheet
 from tap_diffusion.demo import data
-from tap_diffusion.demo.sheets import sheet
 from tap_diffusion.demo.train import (
     CAPTION_DROPOUT,
     Batch,

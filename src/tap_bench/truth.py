@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tap_diffusion.bench.methods import Variant, on_engine
-from tap_diffusion.cache import History
-from tap_diffusion.config import TAPConfig
-from tap_diffusion.engine import Engine
-from tap_diffusion.errors import UsageError
-from tap_diffusion.integrations.api import hooks
+from tap_bench.methods import Variant, on_engine
+from tap_diffusion.core.cache import History
+from tap_diffusion.core.call import Call
+from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.core.engine import Engine
+from tap_diffusion.core.errors import UsageError
+from tap_diffusion.core.schedule import plan
+from tap_diffusion.core.selection import choose, proxy_losses, proxy_losses_onepass
 from tap_diffusion.integrations.depth import Streams, named
-from tap_diffusion.integrations.hook import TAPHook
-from tap_diffusion.schedule import plan
-from tap_diffusion.selection import choose, proxy_losses, proxy_losses_onepass
-from tap_diffusion.tracking import Call
+from tap_diffusion.integrations.diffusers.api import hooks
+from tap_diffusion.integrations.diffusers.hook import TAPHook
 
 PROBES = {"modulated input": 0, "first block": 1, "two blocks": 2, "three blocks": 3}  # name: blocks that it runs
 

@@ -16,15 +16,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tap_diffusion.bench import metrics
-from tap_diffusion.bench.calibration import Calibration, run_all
-from tap_diffusion.bench.counting import Counts
-from tap_diffusion.bench.methods import Setting, on_engine, on_pipeline, schedules
-from tap_diffusion.bench.models import BenchModel
-from tap_diffusion.config import TAPConfig
-from tap_diffusion.errors import UsageError
-from tap_diffusion.files import write_json
-from tap_diffusion.schedule import spaced_steps
+from tap_bench import metrics
+from tap_bench.calibration import Calibration, run_all
+from tap_bench.counting import Counts
+from tap_bench.methods import Setting, on_engine, on_pipeline, schedules
+from tap_bench.models import BenchModel
+from tap_diffusion.apps.files import write_json
+from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.core.errors import UsageError
+from tap_diffusion.core.schedule import spaced_steps
 
 RADII = (3, 1)  # steps by which a full step is moved
 EVALUATIONS = 60  # schedules tried for each budget

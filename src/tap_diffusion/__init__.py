@@ -7,12 +7,12 @@ tap.enable(pipe)
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from tap_diffusion.config import TAPConfig
-from tap_diffusion.errors import ConfigError, TAPWarning, UnsupportedModelError
+from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.core.errors import ConfigError, TAPWarning, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from tap_diffusion.integrations.api import apply_tap, disable, enable, enabled, report
-    from tap_diffusion.reporting import Report
+    from tap_diffusion.core.report import Report
+    from tap_diffusion.integrations.diffusers.api import apply_tap, disable, enable, enabled, report
 
 __version__ = "0.1.0"
 
@@ -34,6 +34,5 @@ def __getattr__(name: str) -> Any:
     """Import what needs diffusers only when it is asked for: that takes seconds."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(
-        import_module("tap_diffusion.reporting" if name == "Report" else "tap_diffusion.integrations.api"), name
-    )
+    place = "core.report" if name == "Report" else "integrations.diffusers.api"
+    return getattr(import_module(f"tap_diffusion.{place}"), name)

@@ -21,13 +21,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import tap_diffusion as tap
-from tap_diffusion import bulk
-from tap_diffusion.bulk import MANIFEST, Manifest, Settings, generate_many
-from tap_diffusion.cli import app
-from tap_diffusion.errors import UsageError
-from tap_diffusion.files import write_whole
-from tap_diffusion.generate import load_pipeline
-from tap_diffusion.rows import Row, batches, read_rows
+from tap_diffusion.apps import bulk
+from tap_diffusion.apps.bulk import MANIFEST, Manifest, Settings, generate_many
+from tap_diffusion.apps.cli import app
+from tap_diffusion.apps.files import write_whole
+from tap_diffusion.apps.generate import load_pipeline
+from tap_diffusion.apps.prompts_file import Row, batches, read_rows
+from tap_diffusion.core.errors import UsageError
 from tiny import build_pipeline
 
 STEPS = 8

@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tap_diffusion import TAPConfig
-from tap_diffusion.cli import app
+from tap_diffusion.apps.cli import app
 from tiny import build_pipeline
 
 
@@ -170,7 +170,7 @@ def test_help_does_not_wait_for_torch() -> None:
     import subprocess
     import sys
 
-    code = "import sys, tap_diffusion.cli; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    code = "import sys, tap_diffusion.apps.cli; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

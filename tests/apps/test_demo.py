@@ -15,13 +15,13 @@ from diffusers import FluxPipeline
 from PIL import Image
 from typer.testing import CliRunner
 
+from tap_bench.emoji_evaluation import retrieved
 from tap_diffusion import TAPConfig
+from tap_diffusion.apps.generate import Request, generate, psnr
+from tap_diffusion.apps.sheets import choices_sheet, sheet, to_image
+from tap_diffusion.core.predictors import Candidate
+from tap_diffusion.core.report import Choice
 from tap_diffusion.demo import EMOJI, data, train
-from tap_diffusion.demo.evaluate import retrieved
-from tap_diffusion.demo.sheets import choices_sheet, sheet, to_image
-from tap_diffusion.generate import Request, generate, psnr
-from tap_diffusion.predictors import Candidate
-from tap_diffusion.reporting import Choice
 from tiny import build_pipeline, sample
 
 

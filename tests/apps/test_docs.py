@@ -30,11 +30,11 @@ from typer.testing import CliRunner
 
 import mkdocs_hooks
 import tap_diffusion as tap
-from tap_diffusion import cli
-from tap_diffusion.bench.methods import registry
-from tap_diffusion.generate import Request
-from tap_diffusion.predictors import FAMILIES
-from tap_diffusion.selection import unexplained
+from tap_bench.methods import registry
+from tap_diffusion.apps import cli
+from tap_diffusion.apps.generate import Request
+from tap_diffusion.core.predictors import FAMILIES
+from tap_diffusion.core.selection import unexplained
 from tiny import build_pipeline, build_transformer, sample
 from zoo import CASES, build, denoise
 
@@ -206,15 +206,16 @@ def test_sections_of_the_readme_are_included() -> None:
 def test_links_out_of_the_documentation_lead_to_pages_of_code() -> None:
     docs = ROOT / "docs"
     text = (
-        "[a](../src/tap_diffusion/cache.py) [b](../src/tap_diffusion/predictors) [c](beyond.md#x) [d](https://e.f/g.py)"
-    )
-    assert mkdocs_hooks.relinked(text, docs, "page.md") == (
-        "[a](code/src/tap_diffusion/cache.py.md) [b](code/src/tap_diffusion/predictors/index.md) [c](beyond.md#x)"
+        "[a](../src/tap_diffusion/core/cache.py) [b](../src/tap_diffusion/core/predictors) [c](beyond.md#x)"
         " [d](https://e.f/g.py)"
     )
-    assert mkdocs_hooks.linked(text, docs) == {"src/tap_diffusion/cache.py", "src/tap_diffusion/predictors"}
-    assert text_of("src/tap_diffusion/cache.py") in mkdocs_hooks.code("src/tap_diffusion/cache.py")
-    assert "- [`newton.py`](newton.py.md)" in mkdocs_hooks.code("src/tap_diffusion/predictors")
+    assert mkdocs_hooks.relinked(text, docs, "page.md") == (
+        "[a](code/src/tap_diffusion/core/cache.py.md) [b](code/src/tap_diffusion/core/predictors/index.md)"
+        " [c](beyond.md#x) [d](https://e.f/g.py)"
+    )
+    assert mkdocs_hooks.linked(text, docs) == {"src/tap_diffusion/core/cache.py", "src/tap_diffusion/core/predictors"}
+    assert text_of("src/tap_diffusion/core/cache.py") in mkdocs_hooks.code("src/tap_diffusion/core/cache.py")
+    assert "- [`newton.py`](newton.py.md)" in mkdocs_hooks.code("src/tap_diffusion/core/predictors")
 
 
 def test_lists_begin_after_an_empty_line() -> None:
@@ -412,7 +413,7 @@ def no_network(*_: Any, **__: Any) -> None:
 @pytest.mark.slow
 def test_messages_are_quoted_as_they_come(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each that the page quotes is provoked, and nothing else is quoted."""
-    monkeypatch.setattr("tap_diffusion.engine.unexplained", unexplained)  # conftest.py turns it off with the zoo
+    monkeypatch.setattr("tap_diffusion.core.engine.unexplained", unexplained)  # conftest.py turns it off with the zoo
     preset = tap.TAPConfig(full_steps=(0, 9, 18), steps=50)
     out = ("--out", str(tmp_path))
     found = {
@@ -428,7 +429,7 @@ def test_messages_are_quoted_as_they_come(monkeypatch: pytest.MonkeyPatch, tmp_p
         told(lambda: tap.report(build_pipeline())),
         told(more_than_prompts),
     }
-    monkeypatch.setattr("tap_diffusion.generate.generate", no_memory)
+    monkeypatch.setattr("tap_diffusion.apps.generate.generate", no_memory)
     found.add(a_command("green frog face", *out))
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", no_network)
     found.add(a_command("--model", "somebody/something", *out))

@@ -18,20 +18,20 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from PIL import Image
+from test_sprites import PROMPTS
+from test_sprites import build as build_sprites
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 from typer.testing import CliRunner
 
 import tap_diffusion as tap
-from tap_diffusion import media, pipelines
-from tap_diffusion.bench.models import BenchModel
-from tap_diffusion.bench.models import draw as bench_draw
-from tap_diffusion.cli import app
+from tap_bench.models import BenchModel
+from tap_bench.models import draw as bench_draw
+from tap_diffusion.apps import media, pipelines
+from tap_diffusion.apps.cli import app
+from tap_diffusion.apps.generate import Request, draw, generate, load_pipeline, prompt_for, psnr, run
+from tap_diffusion.core.errors import UsageError
 from tap_diffusion.demo.train import build_tokenizers
-from tap_diffusion.errors import UsageError
-from tap_diffusion.generate import Request, draw, generate, load_pipeline, prompt_for, psnr, run
-from test_sprites import PROMPTS
-from test_sprites import build as build_sprites
 from tiny import WORDS, Operations, build_pipeline, counted_forward
 from zoo import build
 
@@ -164,8 +164,8 @@ def test_the_bench_draws_with_dit() -> None:
 
 
 def test_steps_of_a_scheduler_that_does_not_count_wait_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tap_diffusion.engine.Engine.checks_late", staticmethod(lambda _: True))
-    monkeypatch.setattr("tap_diffusion.engine._LateFlag.is_raised", lambda _: False)
+    monkeypatch.setattr("tap_diffusion.core.engine.Engine.checks_late", staticmethod(lambda _: True))
+    monkeypatch.setattr("tap_diffusion.core.engine._LateFlag.is_raised", lambda _: False)
     pipe, counter = dit(), Operations()
     with tap.enabled(pipe, tap.TAPConfig(full_steps=4)):
         counted_forward(pipe.transformer, counter, set(range(1, 8)))
@@ -186,7 +186,7 @@ def described(monkeypatch: pytest.MonkeyPatch, name: str, **config: Any) -> Iter
     pipe: Any = object.__new__(getattr(diffusers, name))
     with monkeypatch.context() as patch:
         patch.setattr(pipelines, "transformers", lambda _: [SimpleNamespace(config=config)])
-        patch.setattr("tap_diffusion.generate.supported", lambda _: None)
+        patch.setattr("tap_diffusion.apps.generate.supported", lambda _: None)
         yield pipe
 
 

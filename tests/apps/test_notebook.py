@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib as mpl
 import pytest
 
-FILE = Path(__file__).parent.parent / "examples" / "quality_for_speed.ipynb"
+FILE = Path(__file__).parents[2] / "examples" / "quality_for_speed.ipynb"
 
 
 def printed(cell: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ from tiny import build_pipeline
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 pytestmark = pytest.mark.slow
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 KINDS: list[dict[str, Any]] = [
     {"steps": 8, "full_steps": 6},

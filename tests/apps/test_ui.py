@@ -25,26 +25,27 @@ from typer.testing import CliRunner
 
 gr = pytest.importorskip("gradio", reason="the extra `ui` is not installed")
 
-from tap_diffusion import TAPConfig, enabled, report
-from tap_diffusion.cli import app
-from tap_diffusion.demo.sheets import colour, to_image
-from tap_diffusion.errors import UsageError
-from tap_diffusion.generate import Request, psnr, run
-from tap_diffusion.integrations.api import hooks
-from tap_diffusion.predictors import Candidate
-from tap_diffusion.reporting import Choice, Report
-from tap_diffusion.schedule import paper_steps, plan
-from tap_diffusion.ui import FASTER, FULL, METHODS, Page, RecordingEngine, full_steps, serve
-from tap_diffusion.ui_parts import maps
 from test_generate import dit, sd3
 from test_sprites import build as build_sprites
+
+from tap_diffusion import TAPConfig, enabled, report
+from tap_diffusion.apps.cli import app
+from tap_diffusion.apps.generate import Request, psnr, run
+from tap_diffusion.apps.sheets import colour, to_image
+from tap_diffusion.apps.ui.page import FASTER, FULL, METHODS, Page, RecordingEngine, full_steps, serve
+from tap_diffusion.apps.ui.parts import maps
+from tap_diffusion.core.errors import UsageError
+from tap_diffusion.core.predictors import Candidate
+from tap_diffusion.core.report import Choice, Report
+from tap_diffusion.core.schedule import paper_steps, plan
+from tap_diffusion.integrations.diffusers.api import hooks
 from tiny import build_pipeline, count_calls
 
 RECOMMENDED, PAPER = list(METHODS)[:2]
 INPUTS: dict[str, Any] = {
     "prompt": "red apple", "seed": 3, "steps": 12, "kind": FULL, "budget": 4, "method": RECOMMENDED
 }  # fmt: skip
-FASHION = Path(__file__).parents[1] / "docs" / "bench" / "fashion"
+FASHION = Path(__file__).parents[2] / "docs" / "bench" / "fashion"
 
 
 @pytest.fixture
@@ -295,7 +296,7 @@ def test_the_command_explains_what_is_wrong(arguments: list[str], words: str) ->
 
 
 def test_the_command_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "gradio"] + ["tap_diffusion.ui"]:
+    for name in [name for name in sys.modules if name.split(".")[0] == "gradio"] + ["tap_diffusion.apps.ui.page"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "gradio", None)
     result = CliRunner().invoke(app, ["ui"])
@@ -309,7 +310,7 @@ def test_the_command_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def served() -> Iterator[tuple[Page, str]]:
     """A page and its address, on a free port."""
-    from tap_diffusion.ui_parts import frontier
+    from tap_diffusion.apps.ui.parts import frontier
 
     page = Page(build_pipeline(), "emoji")
     blocks = page.blocks(frontier(FASHION))

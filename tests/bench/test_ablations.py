@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tap_diffusion.bench import truth
-from tap_diffusion.bench.ablation_page import write_page
-from tap_diffusion.bench.ablations import (
+from tap_bench import truth
+from tap_bench.ablation_page import write_page
+from tap_bench.ablations import (
     Ablations,
     MixedTimeline,
     ShiftedEngine,
@@ -28,16 +28,16 @@ from tap_diffusion.bench.ablations import (
     ablations,
     beyond,
 )
-from tap_diffusion.bench.calibration import _Recorder, run
-from tap_diffusion.bench.methods import Variant, on_engine
-from tap_diffusion.bench.models import BenchModel, draw
-from tap_diffusion.config import TAPConfig
-from tap_diffusion.engine import Engine
-from tap_diffusion.errors import UsageError
-from tap_diffusion.integrations.api import enabled, hooks
-from tap_diffusion.schedule import even_steps
-from tap_diffusion.timeline import Timeline
-from tap_diffusion.tracking import Call
+from tap_bench.calibration import _Recorder, run
+from tap_bench.methods import Variant, on_engine
+from tap_bench.models import BenchModel, draw
+from tap_diffusion.core.call import Call
+from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.core.engine import Engine
+from tap_diffusion.core.errors import UsageError
+from tap_diffusion.core.schedule import even_steps
+from tap_diffusion.core.timeline import Timeline
+from tap_diffusion.integrations.diffusers.api import enabled, hooks
 from tiny import TOKENS, WORDS, build_pipeline, sample
 
 STEPS = 12

@@ -22,25 +22,25 @@ import torch
 import torchmetrics.functional.image.lpips as torchmetrics_lpips
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
+from test_sprites import PROMPTS
+from test_sprites import build as build_sprites
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 from typer.testing import CliRunner
 
 from ssim import ssim_by_hand
-from tap_diffusion.bench import judges, metrics, recipes, scores
-from tap_diffusion.bench.bench import Bench, Suite
-from tap_diffusion.bench.calibration import SEED, Calibration
-from tap_diffusion.bench.counting import counted, flops, live_bytes
-from tap_diffusion.bench.methods import Method, Setting, Variant, load, on_engine, planned, registry, schedules
-from tap_diffusion.bench.methods.solvers import AdamsBashforth2Scheduler
-from tap_diffusion.bench.methods.spectrum import growing
-from tap_diffusion.bench.models import BenchModel, any_pipeline, draw
-from tap_diffusion.bench.report import write_report
-from tap_diffusion.cli import app
-from tap_diffusion.config import TAPConfig
-from tap_diffusion.errors import UsageError
-from test_sprites import PROMPTS
-from test_sprites import build as build_sprites
+from tap_bench import judges, metrics, recipes, scores
+from tap_bench.bench import Bench, Suite
+from tap_bench.calibration import SEED, Calibration
+from tap_bench.counting import counted, flops, live_bytes
+from tap_bench.methods import Method, Setting, Variant, load, on_engine, planned, registry, schedules
+from tap_bench.methods.solvers import AdamsBashforth2Scheduler
+from tap_bench.methods.spectrum import growing
+from tap_bench.models import BenchModel, any_pipeline, draw
+from tap_bench.report import write_report
+from tap_diffusion.apps.cli import app
+from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.core.errors import UsageError
 from tiny import TOKENS, WORDS, build_pipeline
 
 STEPS = 12
@@ -268,7 +268,7 @@ def test_a_threshold_is_found_for_a_budget() -> None:
 def test_methods_of_somebodys_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(
-        "from tap_diffusion.bench.methods import forecaster\n"
+        "from tap_bench.methods import forecaster\n"
         "METHODS = [forecaster('mine', 'rival', 'me', orders=(1,), horizon_span=0.0)]\n"
     )
     assert list(load(file)) == ["mine"]

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel, MagCacheConfig
+from test_sprites import PROMPTS
+from test_sprites import build as build_wan
 from torch import Tensor
 
 import tap_diffusion as tap
-from tap_diffusion.bench.calibration import SEED, Calibration, run
-from tap_diffusion.bench.counting import Counts, counted
-from tap_diffusion.bench.methods import Setting, Variant, cachedit, diffusers_caches, registry
-from tap_diffusion.bench.models import BenchModel, draw
-from tap_diffusion.bench.pixels import PixelDiTPipeline
-from tap_diffusion.schedule import clock_steps, even_steps, growing_steps, paper_steps
-from test_sprites import PROMPTS
-from test_sprites import build as build_wan
+from tap_bench.calibration import SEED, Calibration, run
+from tap_bench.counting import Counts, counted
+from tap_bench.methods import Setting, Variant, cachedit, diffusers_caches, registry
+from tap_bench.models import BenchModel, draw
+from tap_bench.pixels import PixelDiTPipeline
+from tap_diffusion.core.schedule import clock_steps, even_steps, growing_steps, paper_steps
 from tiny import TOKENS, WORDS, build_pipeline, interrupt_at
 
 STEPS, BUDGET = 14, 6

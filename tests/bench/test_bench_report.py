@@ -21,12 +21,12 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from tap_diffusion.bench import bench, plots
-from tap_diffusion.bench.methods import registry
-from tap_diffusion.bench.models import MODELS
-from tap_diffusion.bench.report import read_cells, renew_report, summary, verdict, write_report
-from tap_diffusion.cli import app
-from tap_diffusion.errors import UsageError
+from tap_bench import bench, plots
+from tap_bench.methods import registry
+from tap_bench.models import MODELS
+from tap_bench.report import read_cells, renew_report, summary, verdict, write_report
+from tap_diffusion.apps.cli import app
+from tap_diffusion.core.errors import UsageError
 
 ODD = "<b>odd</b> & $x_1$"
 VOID = {"meta", "br", "img", "link", "path", "use", "hr", "input"}
@@ -353,9 +353,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeBench]:
 
 def test_options_reach_the_bench(folder: Path, fake: type[FakeBench]) -> None:
     own = folder / "own.py"
-    own.write_text(
-        "from tap_diffusion.bench.methods import Method\nMETHODS = [Method('mine', 'rival', '', lambda s: [])]\n"
-    )
+    own.write_text("from tap_bench.methods import Method\nMETHODS = [Method('mine', 'rival', '', lambda s: [])]\n")
     result = run(
         "--suite", "standard", "--methods", "tap,fora", "--methods", own, "--budgets", "9,4,9", "--steps", 20,
         "--out", folder,
@@ -436,7 +434,7 @@ def test_a_bad_value_gives_one_line_and_status_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("TAKEN.py").write_text(
-        "from tap_diffusion.bench.methods import Method\nMETHODS = [Method('tap', 'rival', '', lambda s: [])]\n"
+        "from tap_bench.methods import Method\nMETHODS = [Method('tap', 'rival', '', lambda s: [])]\n"
     )
     result = run(*arguments)
     assert result.exit_code == 2, result.output
@@ -471,7 +469,7 @@ def test_report_only_runs_nothing(folder: Path, fake: type[FakeBench]) -> None:
 
 def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    monkeypatch.delitem(sys.modules, "tap_diffusion.bench.report")
+    monkeypatch.delitem(sys.modules, "tap_bench.report")
     result = run("--report-only", "--out", tmp_path)
     assert result.exit_code == 2
     assert "the bench needs pyarrow.parquet: pip install 'tap-diffusion[bench]'" in result.stderr

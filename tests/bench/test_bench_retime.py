@@ -9,15 +9,15 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-
-from tap_diffusion.bench import metrics, retime
-from tap_diffusion.bench.bench import Bench
-from tap_diffusion.bench.calibration import Calibration, run
-from tap_diffusion.bench.methods import registry
-from tap_diffusion.bench.report import read_cells, write_report
-from tap_diffusion.bench.retime import Told, main, rebuilt
-from tap_diffusion.errors import UsageError
 from test_bench import STEPS, SUITE, tiny_model
+
+from tap_bench import metrics, retime
+from tap_bench.bench import Bench
+from tap_bench.calibration import Calibration, run
+from tap_bench.methods import registry
+from tap_bench.report import read_cells, write_report
+from tap_bench.retime import Told, main, rebuilt
+from tap_diffusion.core.errors import UsageError
 from tiny import WORDS, build_pipeline
 
 NAMES = (
@@ -33,7 +33,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made, kept = (tmp_path_factory.mktemp(name) for name in ("made", "kept"))
     known = registry()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tap_diffusion.bench.methods.planned.EVALUATIONS", 8)
+        patch.setattr("tap_bench.methods.planned.EVALUATIONS", 8)
         Bench(tiny_model(), {name: known[name] for name in NAMES}, SUITE, (4,), made, STEPS).run()
     write_report(made)
     for name in ("results.json", "run.json", "samples.parquet", "report.html"):

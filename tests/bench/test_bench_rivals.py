@@ -15,15 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tap_bench.calibration import Calibration, Trajectories
+from tap_bench.methods import Setting, dpcache, magcache, on_engine, registry, teacache
+from tap_bench.methods.dicache import DiCacheEngine, Error
+from tap_bench.methods.first_block_cache import FirstBlockCacheEngine
+from tap_bench.methods.teacache import TeaCacheEngine
+from tap_bench.models import BenchModel
 from tap_diffusion import TAPConfig
-from tap_diffusion.bench.calibration import Calibration, Trajectories
-from tap_diffusion.bench.methods import Setting, dpcache, magcache, on_engine, registry, teacache
-from tap_diffusion.bench.methods.dicache import DiCacheEngine, Error
-from tap_diffusion.bench.methods.first_block_cache import FirstBlockCacheEngine
-from tap_diffusion.bench.methods.teacache import TeaCacheEngine
-from tap_diffusion.bench.models import BenchModel
-from tap_diffusion.engine import Engine, Fallback
-from tap_diffusion.tracking import Call
+from tap_diffusion.core.call import Call
+from tap_diffusion.core.engine import Engine, Fallback
 from tiny import TOKENS, WORDS, build_pipeline
 
 STEPS, SHAPE = 24, (2, 5, 4)

@@ -15,9 +15,9 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import tap_diffusion as tap
-from tap_diffusion.bench import fashion
-from tap_diffusion.bench.pixels import PixelDiTPipeline
-from tap_diffusion.schedule import full_steps
+from tap_bench import fashion
+from tap_bench.pixels import PixelDiTPipeline
+from tap_diffusion.core.schedule import full_steps
 
 
 @pytest.fixture

@@ -19,16 +19,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 import tap_diffusion as tap
+from tap_bench import gpu
+from tap_bench.profile import profile, scaling
+from tap_bench.profile.floor import Rates, Work, count, floor, measured_rates
+from tap_bench.profile.loops import METHODS, Loops
+from tap_bench.profile.sizes import SIZES, Grid, build, skeleton
+from tap_bench.profile.subjects import Subject, of_model, of_size
+from tap_bench.profile.timing import measure
+from tap_bench.profile.watching import watched
 from tap_diffusion import TAPConfig
-from tap_diffusion.bench import gpu
-from tap_diffusion.bench.profile import profile, scaling
-from tap_diffusion.bench.profile.floor import Rates, Work, count, floor, measured_rates
-from tap_diffusion.bench.profile.loops import METHODS, Loops
-from tap_diffusion.bench.profile.sizes import SIZES, Grid, build, skeleton
-from tap_diffusion.bench.profile.subjects import Subject, of_model, of_size
-from tap_diffusion.bench.profile.timing import measure
-from tap_diffusion.bench.profile.watching import watched
-from tap_diffusion.cli import app
+from tap_diffusion.apps.cli import app
 
 CONFIG = TAPConfig(full_steps=5)
 BATCH, TOKENS, TEXT, WIDTH = 2, 16, 6, 32  # of "tiny"
@@ -42,7 +42,7 @@ def tiny(**shape: Any) -> Subject:
 @pytest.fixture(autouse=True)
 def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring them takes a second."""
-    monkeypatch.setattr("tap_diffusion.bench.profile.measured_rates", lambda _: Rates(copy=1e10, matmul=1e11))
+    monkeypatch.setattr("tap_bench.profile.measured_rates", lambda _: Rates(copy=1e10, matmul=1e11))
 
 
 def command(*arguments: Any) -> Any:
@@ -388,7 +388,7 @@ def test_memory_that_runs_out_later(error: Exception, monkeypatch: pytest.Monkey
     def run(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("tap_diffusion.bench.profile.report.profile", run)
+    monkeypatch.setattr("tap_bench.profile.report.profile", run)
     assert "out of memory; give fewer --blocks" in error_of("--size", "tiny", "--out", tmp_path)
     error.args = ("something else",)
     if not isinstance(error, torch.OutOfMemoryError):
@@ -455,7 +455,7 @@ def test_gpu_script_tests_and_times_the_kernels(monkeypatch: pytest.MonkeyPatch,
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_kernels.py").touch()
     assert gpu.kernels() == {"tests": "60 passed in 9s", "rows": []}
-    assert commands == ["tap_diffusion.kernels.benchmark", "pytest", "tap_diffusion.kernels.benchmark"]
+    assert commands == ["tap_diffusion.core.kernels.benchmark", "pytest", "tap_diffusion.core.kernels.benchmark"]
     failing = "pytest"
     with pytest.raises(RuntimeError, match="pytest failed:\n1 failed"):
         gpu.kernels()

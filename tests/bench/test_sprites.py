@@ -15,11 +15,11 @@ from transformers import T5Config, T5EncoderModel
 from typer.testing import CliRunner
 
 import tap_diffusion as tap
-from tap_diffusion.bench import sprites
-from tap_diffusion.bench.pixels import PixelWanPipeline
+from tap_bench import sprites
+from tap_bench.pixels import PixelWanPipeline
+from tap_diffusion.core.schedule import full_steps
 from tap_diffusion.demo import data
 from tap_diffusion.demo.train import MAX_TOKENS, build_tokenizers
-from tap_diffusion.schedule import full_steps
 from tiny import count_calls
 
 PROMPTS = ["red apple moves left over grass", "star spins over wood"]

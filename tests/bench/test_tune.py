@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tap_diffusion as tap
+from tap_bench.calibration import Calibration
+from tap_bench.models import BenchModel
+from tap_bench.tune import Tuning, search
 from tap_diffusion import ConfigError, TAPConfig
-from tap_diffusion.bench.calibration import Calibration
-from tap_diffusion.bench.models import BenchModel
-from tap_diffusion.bench.tune import Tuning, search
-from tap_diffusion.errors import UsageError
+from tap_diffusion.core.errors import UsageError
 from tiny import TOKENS, WORDS, build_pipeline, sample
 
 STEPS = 12

@@ -15,7 +15,7 @@ from runs import STEPS, distance, full_passes, sample, watched
 from tiny_comfy import MODELS, build
 
 from tap_diffusion import TAPConfig, UnsupportedModelError
-from tap_diffusion.integrations.comfy import accelerate, report
+from tap_diffusion.integrations.comfyui import accelerate, report
 
 # Models that TAP does not accelerate. Where a spec is added, its name goes from here, and all tests below apply.
 REFUSED = {"CosmosI2V", "CosmosT2V"}

@@ -25,9 +25,9 @@ from tiny_comfy import CPU, MODELS, build, fill, noise
 from torch import Tensor
 
 from tap_diffusion import TAPConfig
-from tap_diffusion.engine import UNEXPLAINED
-from tap_diffusion.integrations import comfy
-from tap_diffusion.integrations.comfy import accelerate, report
+from tap_diffusion.core.engine import UNEXPLAINED
+from tap_diffusion.integrations.comfyui import accelerate, report
+from tap_diffusion.integrations.comfyui import wrappers as comfy
 
 FULL = 5
 CONFIG = TAPConfig(full_steps=FULL)

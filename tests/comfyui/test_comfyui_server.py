@@ -20,7 +20,7 @@ from tiny_comfy import MODELS, Tiny, build, noise
 from torch import Tensor
 
 from tap_diffusion import TAPConfig
-from tap_diffusion.integrations.comfy import accelerate, report
+from tap_diffusion.integrations.comfyui import accelerate, report
 
 # ComfyUI reads sizes off a checkpoint, but takes all heads of Wan to be of 128 channels, and its text features of 4096.
 SHORT = {"SD3": "SD3", "Wan": "WAN21_T2V"}

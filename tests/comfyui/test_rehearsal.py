@@ -16,7 +16,7 @@ from runs import sample_with
 from tiny_comfy import build
 from torch import Tensor
 
-from tap_diffusion.integrations.rehearsal import NotPlannedError, Rehearsal, rehearse
+from tap_diffusion.integrations.comfyui.rehearsal import NotPlannedError, Rehearsal, rehearse
 
 STEPS = 8
 OWN_STEPS = "dpm_adaptive"

@@ -20,8 +20,8 @@ from torch import Tensor
 
 import tap_diffusion as tap
 from tap_diffusion import TAPConfig
-from tap_diffusion.generate import EMBEDDED
-from tap_diffusion.integrations.comfy import accelerate, report
+from tap_diffusion.apps.generate import EMBEDDED
+from tap_diffusion.integrations.comfyui import accelerate, report
 
 FOLDER, _ = EMBEDDED["emoji"]
 STEPS, GUIDANCE = 14, 2.0

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tap_diffusion.cache import History
-from tap_diffusion.predictors import difference_matrix
+from tap_diffusion.core.cache import History
+from tap_diffusion.core.predictors import difference_matrix
 
 
 @given(gaps=st.lists(st.integers(1, 9), min_size=1, max_size=7), capacity=st.integers(1, 4))

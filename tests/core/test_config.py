@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tap_diffusion import ConfigError, TAPConfig
-from tap_diffusion.predictors import FAMILIES
+from tap_diffusion.core.predictors import FAMILIES
 
 
 def test_paper_is_the_paper() -> None:

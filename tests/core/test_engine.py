@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from tap_diffusion import ConfigError, TAPConfig, TAPWarning
-from tap_diffusion.config import Windows
-from tap_diffusion.engine import Engine, Fallback, _LateFlag
-from tap_diffusion.predictors import candidates, chebyshev
-from tap_diffusion.timeline import Timeline
-from tap_diffusion.tracking import Call
+from tap_diffusion.core.call import Call
+from tap_diffusion.core.config import Windows
+from tap_diffusion.core.engine import Engine, Fallback, _LateFlag
+from tap_diffusion.core.predictors import candidates, chebyshev
+from tap_diffusion.core.timeline import Timeline
 
 SHAPE = (2, 4, 3)
 CONFIG = TAPConfig.paper(interval=4)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import tap_diffusion as tap
 from tap_diffusion import TAPConfig, TAPWarning
-from tap_diffusion.generate import load_pipeline
-from tap_diffusion.timeline import Timeline
+from tap_diffusion.apps.generate import load_pipeline
+from tap_diffusion.core.timeline import Timeline
 from tiny import sample
 
 NOISE = tuple(20.0 / 2**i for i in range(12))

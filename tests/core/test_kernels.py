@@ -23,14 +23,15 @@ import torch
 import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_engine import Driver, call, features
 from torch import Tensor
 from typer.testing import CliRunner
 
-from tap_diffusion import TAPConfig, TAPWarning, kernels
-from tap_diffusion.config import Granularity, Loss
-from tap_diffusion.engine import Engine
-from tap_diffusion.kernels import Prediction, benchmark, eager
-from test_engine import Driver, call, features
+from tap_diffusion import TAPConfig, TAPWarning
+from tap_diffusion.core import kernels
+from tap_diffusion.core.config import Granularity, Loss
+from tap_diffusion.core.engine import Engine
+from tap_diffusion.core.kernels import Prediction, benchmark, eager
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # the interpreter's, of NumPy
 
@@ -533,7 +534,7 @@ class Driver:
     get_current_device = get_current_stream = lambda self, *_: 0
 
 driver.set_active(Driver())
-from tap_diffusion.kernels import fused
+from tap_diffusion.core.kernels import fused
 
 for name in ("_predict_kernel", "_losses_kernel", "_combine_kernel", "_gram_kernel"):
     kernel = getattr(fused, name)

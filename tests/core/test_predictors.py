@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tap_diffusion.cache import History
-from tap_diffusion.predictors import (
+from tap_diffusion.core.cache import History
+from tap_diffusion.core.predictors import (
     FAMILIES,
     adams_bashforth,
     candidates,
@@ -23,8 +23,8 @@ from tap_diffusion.predictors import (
     newton,
     taylor,
 )
-from tap_diffusion.schedule import spectrum_steps
-from tap_diffusion.selection import combine
+from tap_diffusion.core.schedule import spectrum_steps
+from tap_diffusion.core.selection import combine
 
 REGRESSIONS = ("chebyshev", "chebyshev_linear")
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tap_diffusion import ConfigError, TAPConfig
-from tap_diffusion.schedule import (
+from tap_diffusion.core.schedule import (
     FEWEST,
     clock_steps,
     even_steps,

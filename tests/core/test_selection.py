@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tap_diffusion.config import Granularity, Loss
-from tap_diffusion.predictors import candidates, difference_matrix
-from tap_diffusion.selection import (
+from tap_diffusion.core.config import Granularity, Loss
+from tap_diffusion.core.predictors import candidates, difference_matrix
+from tap_diffusion.core.selection import (
     choose,
     combine_chosen,
     gram_matrix,

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tap_diffusion.schedulers import timeline
-from tap_diffusion.timeline import Timeline
+from tap_diffusion.core.timeline import Timeline
+from tap_diffusion.integrations.diffusers.schedulers import timeline
 
 STEPS = 20
 

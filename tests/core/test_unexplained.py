@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from test_engine import Driver
 from torch import Tensor
 
 import tap_diffusion as tap
+from tap_bench.models import MODELS, BenchModel, draw
 from tap_diffusion import TAPConfig, TAPWarning
-from tap_diffusion import engine as engine_module
-from tap_diffusion.bench.models import MODELS, BenchModel, draw
-from tap_diffusion.engine import UNEXPLAINED, Engine
-from tap_diffusion.generate import psnr
-from tap_diffusion.selection import mean_and_spread, squared_distance, unexplained
-from test_engine import Driver
+from tap_diffusion.apps.generate import psnr
+from tap_diffusion.core import engine as engine_module
+from tap_diffusion.core.engine import UNEXPLAINED, Engine
+from tap_diffusion.core.selection import mean_and_spread, squared_distance, unexplained
 from tiny import build_transformer
 
 SHAPE = (2, 32, 16)

@@ -17,7 +17,7 @@ import pytest
 import tap_diffusion as tap
 from tap_diffusion import ConfigError, TAPConfig
 
-FOLDER = Path(__file__).parents[1] / "comfyui"
+FOLDER = Path(__file__).parents[2] / "comfyui"
 MODEL = object()
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import tap_diffusion as tap
-from tap_diffusion.engine import Engine
+from tap_diffusion.core.engine import Engine
 from tap_diffusion.integrations.depth import Depth, Guise
-from tap_diffusion.integrations.models import SPECS
+from tap_diffusion.integrations.diffusers.tracking import StepTracker
 from tap_diffusion.integrations.passes import Passes
-from tap_diffusion.tracking import StepTracker
+from tap_diffusion.integrations.specs import SPECS
 from zoo import CASES, checks, class_of
 
 Fault = Callable[[pytest.MonkeyPatch], None]

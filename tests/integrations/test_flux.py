@@ -27,9 +27,9 @@ from torch.utils._pytree import tree_leaves
 
 import tap_diffusion as tap
 from tap_diffusion import TAPConfig, TAPWarning, UnsupportedModelError
+from tap_diffusion.core.schedule import full_steps
 from tap_diffusion.integrations.depth import Depth, StandIns
-from tap_diffusion.integrations.models import SPECS
-from tap_diffusion.schedule import full_steps
+from tap_diffusion.integrations.specs import SPECS
 from tiny import (
     TOKENS,
     Operations,
@@ -452,8 +452,8 @@ class TestPromise7:
         Full steps don't wait either, so that the host can run ahead into the predicted ones; but for the first, at
         which the timestep is read to see whose run this is.
         """
-        monkeypatch.setattr("tap_diffusion.engine.Engine.checks_late", staticmethod(lambda _: True))
-        monkeypatch.setattr("tap_diffusion.engine._LateFlag.is_raised", lambda _: False)
+        monkeypatch.setattr("tap_diffusion.core.engine.Engine.checks_late", staticmethod(lambda _: True))
+        monkeypatch.setattr("tap_diffusion.core.engine._LateFlag.is_raised", lambda _: False)
         counter = Operations()
         with tap.enabled(pipe, CONFIGS[name]):
             counted_forward(pipe.transformer, counter, set(range(1, 20)))

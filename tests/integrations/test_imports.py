@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Slow to import, or not there in every host.
 HEAVY = (
     "accelerate", "diffusers", "gradio", "matplotlib", "pandas", "PIL", "pyarrow", "ray", "rich", "sympy",
@@ -36,7 +36,7 @@ print(*sorted(set(sys.modules) - before))
 """
 
 
-@pytest.mark.parametrize("what", ["tap_diffusion", "tap_diffusion.integrations.comfy", "comfyui/__init__.py"])
+@pytest.mark.parametrize("what", ["tap_diffusion", "tap_diffusion.integrations.comfyui", "comfyui/__init__.py"])
 def test_nothing_heavy_is_imported(what: str) -> None:
     """In a host that has torch already, the import takes well under 0.3 s: which modules come decides."""
     found = run(IMPORTS, what).split()
@@ -47,7 +47,7 @@ def test_nothing_heavy_is_imported(what: str) -> None:
 COMPILED = """
 import sys, warnings
 import torch
-from tap_diffusion.compiling import uncompiled, uncompiled_itself
+from tap_diffusion.core.compiling import uncompiled, uncompiled_itself
 
 eagerly = sys.argv[1] == "eagerly"
 if eagerly:  # as torch itself does it

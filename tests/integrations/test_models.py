@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import tap_diffusion as tap
-from tap_diffusion import cli
-from tap_diffusion.cli import app
-from tap_diffusion.integrations import catalog
-from tap_diffusion.integrations.models import REFUSED, SPECS
+from tap_diffusion.apps import cli
+from tap_diffusion.apps.cli import app
+from tap_diffusion.integrations.diffusers import catalog
+from tap_diffusion.integrations.specs import REFUSED, SPECS
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 class TestCatalog:

@@ -10,10 +10,10 @@ import torch
 from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance, SkipLayerGuidance
 from diffusers.hooks import LayerSkipConfig
 from diffusers.modular_pipelines import FluxAutoBlocks, WanBlocks
+from test_generate import wan
 from torch import Tensor
 
 import tap_diffusion as tap
-from test_generate import wan
 from tiny import TOKENS, build_pipeline, engine_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Guiders are currently")]

@@ -23,9 +23,9 @@ from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 
 import tap_diffusion as tap
-from tap_diffusion import engine
-from tap_diffusion.errors import UnsupportedModelError
-from tap_diffusion.integrations.api import hooks
+from tap_diffusion.core import engine
+from tap_diffusion.core.errors import UnsupportedModelError
+from tap_diffusion.integrations.diffusers.api import hooks
 from tiny import build_pipeline, build_transformer, interrupt_at, sample
 from zoo import CASES, build, denoise
 from zoo.checks import CONFIG

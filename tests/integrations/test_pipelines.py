@@ -13,8 +13,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 import tap_diffusion as tap
-from tap_diffusion.integrations.models import SPECS
-from tap_diffusion.schedule import full_steps, growing_steps
+from tap_diffusion.core.schedule import full_steps, growing_steps
+from tap_diffusion.integrations.specs import SPECS
 from tiny import engine_of
 from zoo import build
 from zoo.checks import CONFIG, INTERVAL, WARMUP

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import tap_diffusion as tap
 from tap_diffusion import TAPConfig
+from tap_diffusion.apps.generate import Request, psnr, run
 from tap_diffusion.demo import EMOJI
-from tap_diffusion.generate import Request, psnr, run
 
 pytestmark = pytest.mark.slow
 

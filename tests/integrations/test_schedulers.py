@@ -26,8 +26,8 @@ from diffusers import (
 )
 from torch import Tensor
 
-from tap_diffusion import schedulers
-from tap_diffusion.schedulers import Reading, read, timeline
+from tap_diffusion.integrations.diffusers import schedulers
+from tap_diffusion.integrations.diffusers.schedulers import Reading, read, timeline
 
 STEPS = 20
 

@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import tap_diffusion as tap
-from tap_diffusion import TAPConfig, generate
-from tap_diffusion.generate import Request, psnr
-from tap_diffusion.integrations.api import hooks
+from tap_diffusion import TAPConfig
+from tap_diffusion.apps import generate
+from tap_diffusion.apps.generate import Request, psnr
+from tap_diffusion.integrations.diffusers.api import hooks
 from tiny import TOKENS, build_pipeline, build_transformer, engine_of, sample
 from zoo import CASES, Conditions, build, denoise, evaluate, start
 from zoo.checks import CONFIG, trace

@@ -20,7 +20,7 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 from torch import Tensor
 
 import tap_diffusion as tap
-from tap_diffusion.schedule import full_steps
+from tap_diffusion.core.schedule import full_steps
 from tiny import engine_of, interrupt_at
 from zoo import CASES, Conditions, build, denoise, evaluate, start
 from zoo.checks import A_LITTLE_LATER, CONFIG, INTERVAL, REUSE, WARMUP, blocks_of

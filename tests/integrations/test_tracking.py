@@ -8,7 +8,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
-from tap_diffusion.tracking import Call, StepTracker
+from tap_diffusion.core.call import Call
+from tap_diffusion.integrations.diffusers.tracking import StepTracker
 from tiny import Operations
 
 

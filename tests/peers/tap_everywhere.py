@@ -31,8 +31,8 @@ from diffusers import DiffusionPipeline, ModelMixin
 import tap_diffusion as tap
 from peers import offline_hub
 from peers.expected import reason
-from tap_diffusion.engine import Engine
-from tap_diffusion.integrations.models import SPECS
+from tap_diffusion.core.engine import Engine
+from tap_diffusion.integrations.specs import SPECS
 
 counts = Counter[str]()
 MODES = {

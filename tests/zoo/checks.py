@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import tap_diffusion as tap
+from tap_diffusion.core.schedule import full_steps
 from tap_diffusion.integrations.depth import named
-from tap_diffusion.integrations.models import SPECS, Stream, TransformerSpec
 from tap_diffusion.integrations.passes import Passes
-from tap_diffusion.schedule import full_steps
+from tap_diffusion.integrations.specs import SPECS, Stream, TransformerSpec
 from tiny import engine_of
 from zoo import CASES, Conditions, build, class_of, denoise, evaluate, start
 

@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tap_diffusion.config import TAPConfig
-from tap_diffusion.engine import Engine
-from tap_diffusion.errors import UsageError
-from tap_diffusion.integrations.api import enabled, hooks, transformers
-from tap_diffusion.schedule import clock_steps, even_steps, growing_steps, paper_steps
+from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.core.engine import Engine
+from tap_diffusion.core.errors import UsageError
+from tap_diffusion.core.schedule import clock_steps, even_steps, growing_steps, paper_steps
+from tap_diffusion.integrations.diffusers.api import enabled, hooks, transformers
 
 if TYPE_CHECKING:
-    from tap_diffusion.bench.calibration import Calibration
+    from tap_bench.calibration import Calibration
 
 Kind = Literal["tap", "rival", "peer", "solver"]
 Change = dict[str, Any]  # arguments of the pipeline's call that a variant replaces
@@ -145,7 +145,7 @@ def restored(pipe: Any) -> Iterator[None]:
 
 def registry() -> dict[str, Method]:
     """All methods that come with the bench, by name."""
-    from tap_diffusion.bench.methods import (
+    from tap_bench.methods import (
         cachedit,
         dicache,
         diffusers_caches,
@@ -178,5 +178,5 @@ def load(file: Path) -> dict[str, Method]:
     spec.loader.exec_module(module)
     methods = getattr(module, "METHODS", None)
     if not isinstance(methods, list) or not all(isinstance(method, Method) for method in methods):
-        raise UsageError(f"{file} has no list METHODS of tap_diffusion.bench.methods.Method")
+        raise UsageError(f"{file} has no list METHODS of tap_bench.methods.Method")
     return {method.name: method for method in methods}

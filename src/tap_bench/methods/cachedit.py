@@ -10,8 +10,8 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-from tap_diffusion.bench.methods import Method, Setting, Variant, restored, schedules
-from tap_diffusion.integrations.api import transformers
+from tap_bench.methods import Method, Setting, Variant, restored, schedules
+from tap_diffusion.integrations.diffusers.api import transformers
 
 Calibrator = tuple[str, dict[str, Any]] | None  # name and arguments of its configuration
 

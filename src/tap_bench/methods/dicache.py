@@ -8,11 +8,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from tap_diffusion.bench.methods import Method, Setting, Variant
-from tap_diffusion.bench.methods.thresholds import WANTED_FULL, ThresholdEngine, relative_l1, tuned
-from tap_diffusion.config import TAPConfig
-from tap_diffusion.engine import Fallback
-from tap_diffusion.tracking import Call
+from tap_bench.methods import Method, Setting, Variant
+from tap_bench.methods.thresholds import WANTED_FULL, ThresholdEngine, relative_l1, tuned
+from tap_diffusion.core.call import Call
+from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.core.engine import Fallback
 
 Error = Literal["delta_y", "delta_minus"]
 RATIOS = (1.0, 1.5)  # γ is clipped to these

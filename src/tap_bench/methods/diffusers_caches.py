@@ -14,9 +14,9 @@ from typing import Any
 from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
 from diffusers.models.cache_utils import CacheMixin
 
-from tap_diffusion.bench.calibration import Trajectories
-from tap_diffusion.bench.methods import Method, Setting, Variant, restored
-from tap_diffusion.integrations.api import transformers
+from tap_bench.calibration import Trajectories
+from tap_bench.methods import Method, Setting, Variant, restored
+from tap_diffusion.integrations.diffusers.api import transformers
 
 
 @contextmanager

@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tap_diffusion.bench.methods import Method, Setting, Variant, on_engine
-from tap_diffusion.config import TAPConfig
-from tap_diffusion.predictors import taylor
+from tap_bench.methods import Method, Setting, Variant, on_engine
+from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.core.predictors import taylor
 
 WARMUP = 3
 LONGEST = 0.3  # share of the steps that may lie between two full ones, as in the published code

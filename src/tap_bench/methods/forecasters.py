@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tap_diffusion.bench.methods import Method, Setting, Variant, forecaster, on_engine, schedules
-from tap_diffusion.config import TAPConfig
+from tap_bench.methods import Method, Setting, Variant, forecaster, on_engine, schedules
+from tap_diffusion.core.config import TAPConfig
 
 
 def _fixed(name: str, source: str, order: int, family: str = "taylor") -> Method:

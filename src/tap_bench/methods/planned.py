@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 
-from tap_diffusion.bench.calibration import Calibration
-from tap_diffusion.bench.methods import Method, Setting, Variant, on_engine, schedules
-from tap_diffusion.bench.tune import EVALUATIONS, recommended_steps, search
-from tap_diffusion.config import TAPConfig
+from tap_bench.calibration import Calibration
+from tap_bench.methods import Method, Setting, Variant, on_engine, schedules
+from tap_bench.tune import EVALUATIONS, recommended_steps, search
+from tap_diffusion.core.config import TAPConfig
 
 Steps = tuple[int, ...]
 

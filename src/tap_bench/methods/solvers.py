@@ -16,7 +16,7 @@ from diffusers import (
 )
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 
-from tap_diffusion.bench.methods import Change, Method, Setting, Variant
+from tap_bench.methods import Change, Method, Setting, Variant
 
 
 class AdamsBashforth2Scheduler(FlowMatchEulerDiscreteScheduler):

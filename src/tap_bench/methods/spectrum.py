@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from tap_diffusion.bench.methods import Method, Setting, Variant, on_engine, schedules
-from tap_diffusion.config import TAPConfig
-from tap_diffusion.engine import Engine
-from tap_diffusion.schedule import spectrum_steps
-from tap_diffusion.tracking import Call
+from tap_bench.methods import Method, Setting, Variant, on_engine, schedules
+from tap_diffusion.core.call import Call
+from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.core.engine import Engine
+from tap_diffusion.core.schedule import spectrum_steps
 
 DEGREE = 4  # of the series, as published
 

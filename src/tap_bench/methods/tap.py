@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tap_diffusion.bench.methods import Method, Setting, Variant, forecaster, on_engine, on_pipeline
-from tap_diffusion.config import TAPConfig
+from tap_bench.methods import Method, Setting, Variant, forecaster, on_engine, on_pipeline
+from tap_diffusion.core.config import TAPConfig
 
 SOURCE = "arXiv 2603.03792"
 OURS = "docs/beyond.md"

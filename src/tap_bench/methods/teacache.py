@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tap_diffusion.bench.calibration import Trajectories
-from tap_diffusion.bench.methods import Method, Setting, Variant
-from tap_diffusion.bench.methods.thresholds import WANTED_FULL, ThresholdEngine, relative_l1, tuned
-from tap_diffusion.config import TAPConfig
-from tap_diffusion.engine import Fallback
-from tap_diffusion.tracking import Call
+from tap_bench.calibration import Trajectories
+from tap_bench.methods import Method, Setting, Variant
+from tap_bench.methods.thresholds import WANTED_FULL, ThresholdEngine, relative_l1, tuned
+from tap_diffusion.core.call import Call
+from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.core.engine import Fallback
 
 DEGREE = 4
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from tap_diffusion.bench.methods import Setting, Variant, on_engine
-from tap_diffusion.cache import History
-from tap_diffusion.config import TAPConfig
-from tap_diffusion.engine import Engine, Fallback
-from tap_diffusion.tracking import Call
+from tap_bench.methods import Setting, Variant, on_engine
+from tap_diffusion.core.cache import History
+from tap_diffusion.core.call import Call
+from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.core.engine import Engine, Fallback
 
 WANTED_FULL = "the method wants this step full"
 

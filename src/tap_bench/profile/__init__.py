@@ -17,14 +17,14 @@ from typing import Any
 import diffusers
 import torch
 
+from tap_bench.profile import sizes
+from tap_bench.profile.floor import Work, count, floor, measured_rates
+from tap_bench.profile.subjects import Subject, of_size
+from tap_bench.profile.timing import measure, peak_memory, plain_call, timed_calls
+from tap_bench.profile.watching import PARTS
 from tap_diffusion import __version__
-from tap_diffusion.bench.profile import sizes
-from tap_diffusion.bench.profile.floor import Work, count, floor, measured_rates
-from tap_diffusion.bench.profile.subjects import Subject, of_size
-from tap_diffusion.bench.profile.timing import measure, peak_memory, plain_call, timed_calls
-from tap_diffusion.bench.profile.watching import PARTS
-from tap_diffusion.config import TAPConfig
-from tap_diffusion.integrations.api import transformers
+from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.integrations.diffusers.api import transformers
 
 
 def profile(

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tap_diffusion.bench.counting import flops
-from tap_diffusion.bench.profile.subjects import Subject
-from tap_diffusion.bench.profile.watching import PARTS, EnoughError, watched
-from tap_diffusion.config import TAPConfig
-from tap_diffusion.integrations.api import transformers
+from tap_bench.counting import flops
+from tap_bench.profile.subjects import Subject
+from tap_bench.profile.watching import PARTS, EnoughError, watched
+from tap_diffusion.core.config import TAPConfig
 from tap_diffusion.integrations.depth import attentions
-from tap_diffusion.integrations.models import SPECS
+from tap_diffusion.integrations.diffusers.api import transformers
+from tap_diffusion.integrations.specs import SPECS
 
 
 @dataclass(frozen=True)

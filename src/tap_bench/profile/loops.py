@@ -8,13 +8,13 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from tap_diffusion.bench.calibration import Calibration, run
-from tap_diffusion.bench.counting import counted
-from tap_diffusion.bench.methods import Method, Setting, Variant, on_engine, registry
-from tap_diffusion.bench.models import BenchModel
-from tap_diffusion.bench.profile.subjects import Subject
-from tap_diffusion.bench.profile.timing import peak_memory
-from tap_diffusion.config import TAPConfig
+from tap_bench.calibration import Calibration, run
+from tap_bench.counting import counted
+from tap_bench.methods import Method, Setting, Variant, on_engine, registry
+from tap_bench.models import BenchModel
+from tap_bench.profile.subjects import Subject
+from tap_bench.profile.timing import peak_memory
+from tap_diffusion.core.config import TAPConfig
 
 METHODS = (
     "tap", "tap-offload", "diffusers-taylorseer-1", "diffusers-taylorseer-lite-1", "diffusers-first-block", "cache-dit",

@@ -14,12 +14,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from tap_diffusion.bench.profile import machine, profile, scaling
-from tap_diffusion.bench.profile.loops import Loops
-from tap_diffusion.bench.profile.subjects import Subject
-from tap_diffusion.config import TAPConfig
-from tap_diffusion.errors import UsageError
-from tap_diffusion.files import write_json
+from tap_bench.profile import machine, profile, scaling
+from tap_bench.profile.loops import Loops
+from tap_bench.profile.subjects import Subject
+from tap_diffusion.apps.files import write_json
+from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.core.errors import UsageError
 
 _STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
 _BLUE, _ORANGE, _GREY = "#3b76af", "#e08a3c", "#b5b5b5"

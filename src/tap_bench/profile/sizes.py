@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImageP
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from tap_diffusion.errors import UsageError
+from tap_diffusion.core.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from tap_diffusion.bench.models import MODELS
-from tap_diffusion.bench.profile import sizes
-from tap_diffusion.generate import load_pipeline
-from tap_diffusion.integrations.api import transformers
-from tap_diffusion.integrations.models import SPECS
-from tap_diffusion.reporting import stopwatch
+from tap_bench.models import MODELS
+from tap_bench.profile import sizes
+from tap_diffusion.apps.generate import load_pipeline
+from tap_diffusion.core.report import stopwatch
+from tap_diffusion.integrations.diffusers.api import transformers
+from tap_diffusion.integrations.specs import SPECS
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Subject:
     processor_time: bool = False
 
     def stopwatch(self) -> Callable[[], Callable[[], float]]:
-        """Start timing, as :func:`tap_diffusion.reporting.stopwatch` does."""
+        """Start timing, as :func:`tap_diffusion.core.report.stopwatch` does."""
         if not self.processor_time:
             return stopwatch(self.device)
         start = time.process_time()
@@ -65,7 +65,7 @@ class Subject:
 
 
 def of_size(name: str, dtype: torch.dtype, device: str, **shape: int | None) -> Subject:
-    """A transformer of true size with random weights, see :func:`tap_diffusion.bench.sizes.build`."""
+    """A transformer of true size with random weights, see :func:`tap_bench.sizes.build`."""
     pipe = sizes.build(name, dtype, device, **shape)
     return Subject(name, pipe, lambda steps: pipe(num_inference_steps=steps))
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from tap_diffusion.bench.profile.subjects import Subject
-from tap_diffusion.bench.profile.watching import PARTS, EnoughError, watched
-from tap_diffusion.config import TAPConfig
-from tap_diffusion.integrations.api import report, transformers
+from tap_bench.profile.subjects import Subject
+from tap_bench.profile.watching import PARTS, EnoughError, watched
+from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.integrations.diffusers.api import report, transformers
 
 Milliseconds = Callable[[], float]  # on a GPU, asking waits
 

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from tap_diffusion.config import TAPConfig
-from tap_diffusion.engine import Engine
-from tap_diffusion.integrations.api import enabled, hooks, transformers
-from tap_diffusion.integrations.hook import unbound
-from tap_diffusion.tracking import Call
+from tap_diffusion.core.call import Call
+from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.core.engine import Engine
+from tap_diffusion.integrations.diffusers.api import enabled, hooks, transformers
+from tap_diffusion.integrations.diffusers.hook import unbound
 
 PARTS = ("embedders", "probe", "selection", "head", "rest")  # of a predicted call
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from tap_diffusion.errors import UsageError
+from tap_diffusion.core.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Recipe:
         argument: name of the argument of the pipeline's call that takes the prompts.
         call: further arguments of the pipeline's call.
         scheduler: class of diffusers to put in place of the pipeline's own; None leaves it.
-        scores: names of :data:`tap_diffusion.bench.scores.SCORES` or ``DISTANCES``.
+        scores: names of :data:`tap_bench.scores.SCORES` or ``DISTANCES``.
     """
 
     model: str

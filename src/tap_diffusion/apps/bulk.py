@@ -31,13 +31,13 @@ import pyarrow.parquet as pq
 import torch
 
 from tap_diffusion import __version__
-from tap_diffusion.config import TAPConfig
-from tap_diffusion.errors import UsageError
-from tap_diffusion.files import FPS, write_whole
-from tap_diffusion.generate import Request, draw, load_pipeline
-from tap_diffusion.integrations.api import enable, report
-from tap_diffusion.media import encoded
-from tap_diffusion.rows import ROWS, Row, batches
+from tap_diffusion.apps.files import FPS, write_whole
+from tap_diffusion.apps.generate import Request, draw, load_pipeline
+from tap_diffusion.apps.media import encoded
+from tap_diffusion.apps.prompts_file import ROWS, Row, batches
+from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.core.errors import UsageError
+from tap_diffusion.integrations.diffusers.api import enable, report
 
 TRIES = 3  # of a batch whose worker dies
 
@@ -63,9 +63,9 @@ class Settings:
     """What all pictures of a run have in common.
 
     Attributes:
-        model: as :func:`~tap_diffusion.generate.load_pipeline` takes it.
+        model: as :func:`~tap_diffusion.apps.generate.load_pipeline` takes it.
         dtype: name of a torch dtype.
-        guidance, frames: as in :class:`~tap_diffusion.generate.Request`.
+        guidance, frames: as in :class:`~tap_diffusion.apps.generate.Request`.
         fps: frames a second of videos.
     """
 
@@ -314,7 +314,7 @@ def connect(address: str | None, device: str | None) -> str:
     if device not in (None, "cpu", "cuda"):
         raise UsageError(f"--device is cpu or cuda with --engine ray, not '{device}': Ray gives each worker a GPU")
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*deprecated", category=DeprecationWarning, module="tap_diffusion.bulk")
+    warnings.filterwarnings("ignore", message=".*deprecated", category=DeprecationWarning, module=__name__)
     if not ray.is_initialized():
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)

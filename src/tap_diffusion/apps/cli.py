@@ -20,16 +20,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tap_diffusion.config import TAPConfig
-from tap_diffusion.errors import ConfigError, UnsupportedModelError, UsageError
-from tap_diffusion.files import FPS
+from tap_diffusion.apps.files import FPS
+from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.core.errors import ConfigError, UnsupportedModelError, UsageError
 
 if TYPE_CHECKING:
     import torch
 
-    from tap_diffusion.bench.bench import Suite
-    from tap_diffusion.bench.models import BenchModel
-    from tap_diffusion.bench.recipes import Recipe
+    from tap_bench.bench import Suite
+    from tap_bench.models import BenchModel
+    from tap_bench.recipes import Recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -180,8 +180,8 @@ def generate(
             os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
             import torch
 
-            from tap_diffusion.generate import Request, guidance_for, load_pipeline, prompt_for
-            from tap_diffusion.generate import generate as run_generate
+            from tap_diffusion.apps.generate import Request, guidance_for, load_pipeline, prompt_for
+            from tap_diffusion.apps.generate import generate as run_generate
         guidance = guidance_for(model, guidance)
         if engine is not None:
             if prompt_file is None:
@@ -215,9 +215,9 @@ def _generate_many(
     out: Path,
 ) -> None:  # fmt: skip
     try:
-        from tap_diffusion import bulk
-        from tap_diffusion.generate import prompt_for
-        from tap_diffusion.rows import read_rows
+        from tap_diffusion.apps import bulk
+        from tap_diffusion.apps.generate import prompt_for
+        from tap_diffusion.apps.prompts_file import read_rows
     except ModuleNotFoundError as error:
         raise UsageError(f"many prompts need {error.name}: pip install 'tap-diffusion[bulk]'") from error
     rows, ignored = read_rows(file, *defaults)
@@ -309,7 +309,7 @@ def bench(
     try:
         wanted = None if budgets is None else _budgets(budgets)
         with _importing():
-            from tap_diffusion.bench.report import read_cells, summary, write_report
+            from tap_bench.report import read_cells, summary, write_report
         if report_only:
             read_cells(out)
             _make_writable(out)
@@ -369,7 +369,7 @@ def tune(
             if not 2 <= budget < count:
                 raise UsageError(f"{budget} full steps are not between 2 and {count - 1}, one less than the steps")
         _make_writable(out)
-        from tap_diffusion.bench.tune import Tuning
+        from tap_bench.tune import Tuning
 
         rows = Tuning(setup, count, wanted, out, samples, verified, evaluations).run()
     except (ConfigError, UnsupportedModelError, UsageError) as error:
@@ -394,8 +394,8 @@ def _setup(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     with _importing():
-        from tap_diffusion.bench import recipes
-        from tap_diffusion.bench.models import MODELS, any_pipeline
+        from tap_bench import recipes
+        from tap_bench.models import MODELS, any_pipeline
     if recipe is None and (model is None or model in MODELS):
         for option, given in (("--prompts", prompt_file), ("--dtype", dtype.value), ("--device", device)):
             if given not in (None, DType.auto.value):
@@ -423,7 +423,7 @@ def _setup(
 
 def _suite(name: SuiteName, model: BenchModel, samples: int | None, repeats: int | None) -> Suite:
     """A suite, with another number of samples or timed runs if wanted."""
-    from tap_diffusion.bench.bench import SUITES
+    from tap_bench.bench import SUITES
 
     suite = SUITES[name]
     if samples is not None:
@@ -439,8 +439,8 @@ def _run_bench(
     setup: tuple[BenchModel, Recipe | None], suite: Suite, given: list[str] | None, budgets: list[int] | None,
     steps: int | None, out: Path, keep: bool, command: list[str],
 ) -> None:  # fmt: skip
-    from tap_diffusion.bench.bench import Bench
-    from tap_diffusion.bench.methods import Method, load, registry
+    from tap_bench.bench import Bench
+    from tap_bench.methods import Method, load, registry
 
     model, recipe = setup
     steps = steps or (recipe.steps if recipe else 50)
@@ -529,8 +529,8 @@ def profile(
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
         with _importing():
-            from tap_diffusion.bench.profile import report as reports
-            from tap_diffusion.bench.profile.subjects import of_model, of_size
+            from tap_bench.profile import report as reports
+            from tap_bench.profile.subjects import of_model, of_size
         weights, placed = _placement(dtype, device)
         if processor_time and placed != "cpu":
             raise UsageError("--processor-time is for a CPU; a GPU keeps its own time")
@@ -594,12 +594,12 @@ def ui(
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
         with _importing("the page", "ui"):
-            from tap_diffusion.generate import load_pipeline
-            from tap_diffusion.ui import Page, serve
+            from tap_diffusion.apps.generate import load_pipeline
+            from tap_diffusion.apps.ui.page import Page, serve
         plots = ""
         if results is not None:
             with _importing():
-                from tap_diffusion.ui_parts import frontier
+                from tap_diffusion.apps.ui.parts import frontier
 
                 plots = frontier(results.parent if results.name == "results.json" else results)
         page = Page(load_pipeline(model, *_placement(dtype, device)), model)
@@ -620,7 +620,7 @@ def models(
 ) -> None:
     """List the transformer classes of diffusers: which work, and why the others don't."""
     with Console(stderr=True).status("reading diffusers"):
-        from tap_diffusion.integrations import catalog
+        from tap_diffusion.integrations.diffusers import catalog
 
         entries = catalog.catalog()
     if as_json:

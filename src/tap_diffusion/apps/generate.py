@@ -19,16 +19,17 @@ from diffusers import DiffusionPipeline, FluxPipeline
 from PIL import Image
 from torch import Tensor
 
-from tap_diffusion import __version__, media, pipelines
-from tap_diffusion.bench import WEIGHTS
-from tap_diffusion.bench.pixels import PixelDiTPipeline, PixelWanPipeline
-from tap_diffusion.config import TAPConfig
+from tap_bench import WEIGHTS
+from tap_bench.pixels import PixelDiTPipeline, PixelWanPipeline
+from tap_diffusion import __version__
+from tap_diffusion.apps import media, pipelines
+from tap_diffusion.apps.files import FPS
+from tap_diffusion.apps.sheets import choices_sheet, sheet, stack
+from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.core.errors import ConfigError, UsageError
+from tap_diffusion.core.report import Report
 from tap_diffusion.demo import EMOJI
-from tap_diffusion.demo.sheets import choices_sheet, sheet, stack
-from tap_diffusion.errors import ConfigError, UsageError
-from tap_diffusion.files import FPS
-from tap_diffusion.integrations.api import enabled, report, supported, transformers
-from tap_diffusion.reporting import Report
+from tap_diffusion.integrations.diffusers.api import enabled, report, supported, transformers
 
 COLUMNS = 8  # of compare.png
 EMBEDDED: Mapping[str, tuple[Path, type[DiffusionPipeline]]] = {
@@ -109,7 +110,7 @@ class Request:
 
     Attributes:
         prompts: or labels, as text.
-        guidance: None takes the pipeline's default; see :func:`~tap_diffusion.pipelines.guidance_argument`.
+        guidance: None takes the pipeline's default; see :func:`~tap_diffusion.apps.pipelines.guidance_argument`.
         height, width, frames: None takes the model's own.
         batch_size: None is 8 pictures, or 1 video.
     """

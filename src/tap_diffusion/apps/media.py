@@ -9,9 +9,9 @@ from pathlib import Path
 from diffusers.utils import export_to_video
 from torch import Tensor
 
-from tap_diffusion.demo.sheets import png, to_image
-from tap_diffusion.errors import UsageError
-from tap_diffusion.files import FPS
+from tap_diffusion.apps.files import FPS
+from tap_diffusion.apps.sheets import png, to_image
+from tap_diffusion.core.errors import UsageError
 
 
 def check_videos() -> None:

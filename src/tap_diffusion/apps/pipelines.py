@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tap_diffusion.errors import UsageError
-from tap_diffusion.integrations.api import transformers
+from tap_diffusion.core.errors import UsageError
+from tap_diffusion.integrations.diffusers.api import transformers
 
 CONDITIONS = ("prompt", "class_labels")
 _FRAMES = ("num_frames", "frames", "video_length")

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tap_diffusion.errors import UsageError
+from tap_diffusion.core.errors import UsageError
 
 LONGEST = 200  # bytes of a file's name, without its suffix
 

@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from tap_diffusion.predictors import Candidate
-from tap_diffusion.reporting import Choice
+from tap_diffusion.core.predictors import Candidate
+from tap_diffusion.core.report import Choice
 
 _GAP = 4
 _LINE = 17

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tap_diffusion.kernels import gram_matrix
-from tap_diffusion.selection import mean_and_spread
+from tap_diffusion.core.kernels import gram_matrix
+from tap_diffusion.core.selection import mean_and_spread
 
 
 class History:

@@ -10,8 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from tap_diffusion.errors import ConfigError
-from tap_diffusion.predictors import FAMILIES
+from tap_diffusion.core.errors import ConfigError
+from tap_diffusion.core.predictors import FAMILIES
 
 Loss = Literal["cosine", "l2", "relative_l2", "l1"]
 Granularity = Literal["token", "sample", "batch"]
@@ -43,23 +43,23 @@ class TAPConfig:
             they are for; another is an error.
         clock: where full steps are even and how predictors extrapolate: in the ``step``, as in the paper, or by what
             the scheduler's ``noise`` says: full steps are even in the pace at which features change
-            (:attr:`Timeline.pace <tap_diffusion.timeline.Timeline.pace>`), and predictors extrapolate in windows
-            between full steps, wherever these are (:attr:`Timeline.clock <tap_diffusion.timeline.Timeline.clock>`).
-            The step where it says nothing.
+            (:attr:`Timeline.pace <tap_diffusion.core.timeline.Timeline.pace>`), and predictors extrapolate in windows
+            between full steps, wherever these are
+            (:attr:`Timeline.clock <tap_diffusion.core.timeline.Timeline.clock>`). The step where it says nothing.
         windows: between full steps that are not given one by one: ``even`` as ``clock`` says, or ``growing``, dense at
-            the start (:func:`~tap_diffusion.schedule.growing_steps`). None: growing for models of videos, where the
-            first steps decide what moves where, and even for all others.
+            the start (:func:`~tap_diffusion.core.schedule.growing_steps`). None: growing for models of videos, where
+            the first steps decide what moves where, and even for all others.
         hindsight: share of the error of the predicted steps that the next full step makes up for
-            (:meth:`Timeline.hindsight <tap_diffusion.timeline.Timeline.hindsight>`): 1 all, 0 nothing, as in the
+            (:meth:`Timeline.hindsight <tap_diffusion.core.timeline.Timeline.hindsight>`): 1 all, 0 nothing, as in the
             paper. It costs another predicted step at each full step, and needs to know the scheduler.
-        family: predictors to choose from, a key of :data:`tap_diffusion.predictors.FAMILIES`.
+        family: predictors to choose from, a key of :data:`tap_diffusion.core.predictors.FAMILIES`.
         orders: orders of the candidates. Order 0 reuses the newest anchor; order m needs m + 1 anchors. With a
             single order and ``horizon_span=0`` nothing is left to choose: a fixed predictor, and no probe runs.
         slopes: share of each candidate's extrapolation that is carried out, the rest being reuse of the newest anchor:
             1 all of it, as in the paper, 0 nothing. None: all, but with ``growing`` windows and fewer than ten full
-            steps a tenth for each (:attr:`Timeline.slopes <tap_diffusion.timeline.Timeline.slopes>`), and nothing where
-            the scheduler adds fresh noise and the model does not predict noise
-            (:attr:`Timeline.reuses <tap_diffusion.timeline.Timeline.reuses>`).
+            steps a tenth for each (:attr:`Timeline.slopes <tap_diffusion.core.timeline.Timeline.slopes>`), and nothing
+            where the scheduler adds fresh noise and the model does not predict noise
+            (:attr:`Timeline.reuses <tap_diffusion.core.timeline.Timeline.reuses>`).
         history: anchors to keep, for families that use more than the largest order plus one, which is the default.
             The cache grows with it, and so does rounding, since differences are kept: above 8 use
             ``cache_dtype="float32"``, which suffices up to about 14.

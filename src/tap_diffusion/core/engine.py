@@ -16,18 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tap_diffusion import kernels, selection
-from tap_diffusion.cache import History
-from tap_diffusion.compiling import uncompiled
-from tap_diffusion.config import TAPConfig
-from tap_diffusion.errors import warn
-from tap_diffusion.predictors import Candidate, candidates, difference_matrix
-from tap_diffusion.ranks import Ranks
-from tap_diffusion.reporting import Choice, Report
-from tap_diffusion.schedule import FEWEST, for_the_rest, plan
-from tap_diffusion.selection import all_finite, choose, squared_distance, unexplained
-from tap_diffusion.timeline import Timeline
-from tap_diffusion.tracking import Call
+from tap_diffusion.core import kernels, selection
+from tap_diffusion.core.cache import History
+from tap_diffusion.core.call import Call
+from tap_diffusion.core.compiling import uncompiled
+from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.core.distributed import Ranks
+from tap_diffusion.core.errors import warn
+from tap_diffusion.core.predictors import Candidate, candidates, difference_matrix
+from tap_diffusion.core.report import Choice, Report
+from tap_diffusion.core.schedule import FEWEST, for_the_rest, plan
+from tap_diffusion.core.selection import all_finite, choose, squared_distance, unexplained
+from tap_diffusion.core.timeline import Timeline
 
 NOT_FINITE = "non-finite values"
 UNEXPLAINED = "the features match nothing seen before"
@@ -327,7 +327,7 @@ class Engine:
 
         Raises:
             Fallback: the shape, dtype or device changed, a value is not finite, or no candidate explains the probe
-                (:func:`~tap_diffusion.selection.unexplained`).
+                (:func:`~tap_diffusion.core.selection.unexplained`).
         """
         history = self._histories[call.branch].get(stream)
         if history is None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tap_diffusion.predictors import Candidate
+from tap_diffusion.core.predictors import Candidate
 
 
 def stopwatch(device: torch.device) -> Callable[[], Callable[[], float]]:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from tap_diffusion.config import TAPConfig
-from tap_diffusion.errors import ConfigError
-from tap_diffusion.timeline import Timeline
+from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.core.errors import ConfigError
+from tap_diffusion.core.timeline import Timeline
 
 FEWEST = 6  # full steps that a speed-up leaves: with fewer, windows are longer than has been seen to work
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tap_diffusion.config import Granularity, Loss
+from tap_diffusion.core.config import Granularity, Loss
 
 
 def proxy_losses(probe: Tensor, differences: Sequence[Tensor], coefficients: Tensor, loss: Loss) -> Tensor:

@@ -35,9 +35,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
+from tap_diffusion.apps.generate import psnr
+from tap_diffusion.apps.sheets import sheet
 from tap_diffusion.demo import data
-from tap_diffusion.demo.sheets import sheet
-from tap_diffusion.generate import psnr
 
 MAX_TOKENS = 8  # of a caption, in both tokenizers
 CAPTION_DROPOUT = 0.1  # share of samples trained without caption, for classifier-free guidance

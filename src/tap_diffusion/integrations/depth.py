@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tap_diffusion.compiling import uncompiled
-from tap_diffusion.errors import UnsupportedModelError
-from tap_diffusion.integrations.models import Stream, TransformerSpec
+from tap_diffusion.core.compiling import uncompiled
+from tap_diffusion.core.errors import UnsupportedModelError
+from tap_diffusion.integrations.specs import Stream, TransformerSpec
 
 Streams = dict[str, Tensor]  # by the name of the first block's argument
 _registering = threading.Lock()  # torch counts hooks in a way that two threads at once can give two of them one number

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from tap_diffusion.compiling import uncompiled, uncompiled_itself
-from tap_diffusion.config import TAPConfig
-from tap_diffusion.engine import Engine, Fallback
-from tap_diffusion.errors import UnsupportedModelError
+from tap_diffusion.core.call import Call
+from tap_diffusion.core.compiling import uncompiled, uncompiled_itself
+from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.core.distributed import Ranks
+from tap_diffusion.core.engine import Engine, Fallback
+from tap_diffusion.core.errors import UnsupportedModelError
+from tap_diffusion.core.report import stopwatch
 from tap_diffusion.integrations.depth import Depth, StandIns, Streams
-from tap_diffusion.integrations.models import TransformerSpec
-from tap_diffusion.ranks import Ranks
-from tap_diffusion.reporting import stopwatch
-from tap_diffusion.tracking import Call
+from tap_diffusion.integrations.specs import TransformerSpec
 
 # Runs a transformer's own forward on it or on a view of it, without the arguments of these names.
 Forward = Callable[[nn.Module, Sequence[str]], Any]

@@ -20,16 +20,16 @@ from diffusers import FluxPipeline
 from PIL import Image
 from torch import Tensor
 
-from tap_diffusion import pipelines
-from tap_diffusion.config import TAPConfig
-from tap_diffusion.demo.sheets import to_image
-from tap_diffusion.engine import Engine
-from tap_diffusion.errors import UsageError
-from tap_diffusion.generate import Request, guidance_for, prompt_for, psnr, run
-from tap_diffusion.integrations.api import enabled, hooks, report
-from tap_diffusion.schedule import FEWEST, paper_steps
-from tap_diffusion.tracking import Call
-from tap_diffusion.ui_parts import maps, table
+from tap_diffusion.apps import pipelines
+from tap_diffusion.apps.generate import Request, guidance_for, prompt_for, psnr, run
+from tap_diffusion.apps.sheets import to_image
+from tap_diffusion.apps.ui.parts import maps, table
+from tap_diffusion.core.call import Call
+from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.core.engine import Engine
+from tap_diffusion.core.errors import UsageError
+from tap_diffusion.core.schedule import FEWEST, paper_steps
+from tap_diffusion.integrations.diffusers.api import enabled, hooks, report
 
 FASTER, FULL = "times faster", "full steps"
 LABELS = {FASTER: "Steps for each full one", FULL: "How many are full"}
@@ -97,7 +97,7 @@ class Page:
 
     Args:
         pipe: draws pictures from prompts.
-        model: its name, as :func:`tap_diffusion.generate.load_pipeline` takes it.
+        model: its name, as :func:`tap_diffusion.apps.generate.load_pipeline` takes it.
 
     Raises:
         UsageError: the pipeline is another one.
@@ -231,9 +231,7 @@ class Page:
                 with gr.Column(scale=2, min_width=300):
                     prompt = gr.Textbox("red apple", label="Prompt", max_lines=3, elem_id="prompt")
                     if self.model == "emoji":
-                        lines = (
-                            (Path(__file__).parent / "demo" / "prompts.txt").read_text(encoding="utf-8").splitlines()
-                        )
+                        lines = (Path(__file__).with_name("prompts.txt")).read_text(encoding="utf-8").splitlines()
                         gr.Examples(lines, prompt, label="It knows emoji, such as", **private)
                     with gr.Row():
                         seed = gr.Number(0, label="Seed", step=1, min_width=110, elem_id="seed")

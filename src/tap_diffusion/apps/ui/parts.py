@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tap_diffusion import pipelines
-from tap_diffusion.demo.sheets import colour, png
-from tap_diffusion.predictors import Candidate
-from tap_diffusion.reporting import Choice, Report
+from tap_diffusion.apps import pipelines
+from tap_diffusion.apps.sheets import colour, png
+from tap_diffusion.core.predictors import Candidate
+from tap_diffusion.core.report import Choice, Report
 
 
 def table(account: Report, plain_seconds: float, seconds: float, psnr_db: float) -> str:
@@ -124,8 +124,8 @@ def frontier(results: Path) -> str:
     Raises:
         UsageError: the folder holds no results.
     """
-    from tap_diffusion.bench import BASELINE, plots
-    from tap_diffusion.bench.report import read_cells
+    from tap_bench import BASELINE, plots
+    from tap_bench.report import read_cells
 
     cells = [cell for cell in read_cells(results) if "psnr_db" in cell]
     both = plots.evaluations_plot(cells, BASELINE), plots.time_plot(cells, BASELINE)

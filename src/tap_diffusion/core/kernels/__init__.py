@@ -1,7 +1,8 @@
 """What a predicted step moves: the probe's losses, the choice of a candidate, the hidden states predicted.
 
 One operation in two forms, Triton kernels for GPUs (``fused``) and plain PyTorch (``eager``), after the reference in
-:mod:`tap_diffusion.selection`. ``python -m tap_diffusion.kernels.benchmark`` compares both with the copy bandwidth.
+:mod:`tap_diffusion.core.selection`. ``python -m tap_diffusion.core.kernels.benchmark`` compares both with the copy
+bandwidth.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tap_diffusion import selection
-from tap_diffusion.config import Granularity, Loss
-from tap_diffusion.errors import TAPWarning
-from tap_diffusion.kernels import eager
+from tap_diffusion.core import selection
+from tap_diffusion.core.config import Granularity, Loss
+from tap_diffusion.core.errors import TAPWarning
+from tap_diffusion.core.kernels import eager
 
 MOST_ANCHORS = 8  # that the Triton kernels unroll
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
@@ -61,7 +62,7 @@ def predict(
         gram: of ``differences``, from :func:`gram_matrix`; None with the loss ``l1``, which does without.
         residuals: H tensors (B, N, D) of the residuals' history.
         coefficients: (K, H) float64 on the CPU, K at most 255.
-        loss: as for :func:`tap_diffusion.selection.proxy_losses`.
+        loss: as for :func:`tap_diffusion.core.selection.proxy_losses`.
         choose: over what the argmin is taken, or a function of the losses (K, B, N) that gives the choice (B, N).
         mend: put x + D_0, the newest residual reused, in the place of predicted values that are not finite.
     """
@@ -148,6 +149,6 @@ def _form(history: Sequence[Tensor], *others: Tensor) -> Any:
 
 
 def _fused() -> Any:
-    from tap_diffusion.kernels import fused  # only now: it takes triton, which not every system has
+    from tap_diffusion.core.kernels import fused  # only now: it takes triton, which not every system has
 
     return fused

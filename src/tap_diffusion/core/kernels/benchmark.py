@@ -1,6 +1,6 @@
 """The kernels against the bandwidth of a copy.
 
-    python -m tap_diffusion.kernels.benchmark --out kernels.json
+    python -m tap_diffusion.core.kernels.benchmark --out kernels.json
 
 A predicted step moves each tensor once: the probe and its history, the residuals' history, the hidden states in and
 out. Each size is compared with a copy of as many bytes on the same device. Between the calls of a round, which take
@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from tap_diffusion import kernels, selection
-from tap_diffusion.kernels import eager
+from tap_diffusion.core import kernels, selection
+from tap_diffusion.core.kernels import eager
 
 ANCHORS = 3
 DType = Literal["bfloat16", "float16", "float32"]
@@ -47,7 +47,7 @@ SIZES = {
 
 
 def arguments(size: Size, candidates: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
-    """Random ones of :func:`tap_diffusion.kernels.predict`, up to the coefficients."""
+    """Random ones of :func:`tap_diffusion.core.kernels.predict`, up to the coefficients."""
     generator = torch.Generator(device).manual_seed(0)
 
     def history() -> list[Tensor]:
@@ -86,7 +86,7 @@ def forms(device: torch.device, compiled: bool) -> dict[str, Callable[..., Any]]
         torch._dynamo.reset()
         result["torch.compile"] = torch.compile(reference, dynamic=False)
     if device.type == "cuda" and kernels.runs_triton(device):
-        from tap_diffusion.kernels import fused
+        from tap_diffusion.core.kernels import fused
 
         result["triton"] = partial(fused.predict_by_token, loss="cosine", mend=True)
     return result

@@ -2,7 +2,7 @@
 
 On a CPU it runs over chunks of tokens whose temporaries stay in the caches: at the size of FLUX.1-dev six times as fast
 as over whole tensors. torch.compile would be faster still, but would need a C++ compiler and keep the first predicted
-step waiting for seconds (``python -m tap_diffusion.kernels.benchmark``).
+step waiting for seconds (``python -m tap_diffusion.core.kernels.benchmark``).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from tap_diffusion import selection
-from tap_diffusion.config import Loss
+from tap_diffusion.core import selection
+from tap_diffusion.core.config import Loss
 
 CHUNK = 2**18  # elements of each tensor that a thread works on at a time
 
@@ -24,11 +24,11 @@ def proxy_losses(
     """Losses of all candidates, (K, B, N); least errors; whether the probe's distance from its anchor is not finite.
 
     Args:
-        probe, differences, coefficients, loss: as for :func:`tap_diffusion.kernels.predict`.
+        probe, differences, coefficients, loss: as for :func:`tap_diffusion.core.kernels.predict`.
         gram: likewise; None with ``l1``.
 
     Returns:
-        the errors as :class:`tap_diffusion.kernels.Prediction` has them.
+        the errors as :class:`tap_diffusion.core.kernels.Prediction` has them.
     """
     if gram is None:
         losses = selection.proxy_losses(probe, differences, coefficients, loss)
@@ -46,7 +46,7 @@ def proxy_losses(
 def combine(
     hidden_states: Tensor, residuals: Sequence[Tensor], coefficients: Tensor, choice: Tensor | None, mend: bool
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`tap_diffusion.kernels.combine`."""
+    """As :func:`tap_diffusion.core.kernels.combine`."""
     result, finite = torch.empty_like(hidden_states), []
     for tokens in _chunks(hidden_states):
         x, past = hidden_states[:, tokens], [residual[:, tokens] for residual in residuals]
@@ -62,7 +62,7 @@ def combine(
 
 
 def gram_matrix(differences: Sequence[Tensor]) -> Tensor:
-    """As :func:`tap_diffusion.selection.gram_matrix`."""
+    """As :func:`tap_diffusion.core.selection.gram_matrix`."""
     chunks = _chunks(differences[0])
     return torch.cat([selection.gram_matrix([d[:, tokens] for d in differences]) for tokens in chunks], dim=1)
 

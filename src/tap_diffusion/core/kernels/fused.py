@@ -1,6 +1,6 @@
 """The operation in Triton: a program for each token, which reads each tensor once and holds its rows in registers.
 
-The formulae are those of :mod:`tap_diffusion.selection`, in float32 whatever the tensors are stored in. Where the
+The formulae are those of :mod:`tap_diffusion.core.selection`, in float32 whatever the tensors are stored in. Where the
 argmin is taken over a token, losses, argmin and combination are one kernel; over a sample or the batch, the losses
 (B, N, K) go through memory between two. Strides are passed, so that views need no copies, and the tensors of a history
 stay apart. Nothing waits for the device.
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tap_diffusion.config import Loss
+from tap_diffusion.core.config import Loss
 
 _INF = tl.constexpr(float("inf"))
 _MAX = tl.constexpr(torch.finfo(torch.float32).max)
@@ -185,7 +185,7 @@ def predict_by_token(
     loss: Loss,
     mend: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`tap_diffusion.kernels.predict`, with the argmin over each token; ``loss`` is not ``l1``."""
+    """As :func:`tap_diffusion.core.kernels.predict`, with the argmin over each token; ``loss`` is not ``l1``."""
     (batch, tokens, features), width = hidden_states.shape, probe.shape[-1]
     result = _like(hidden_states)
     choice = torch.empty((batch, tokens), dtype=torch.uint8, device=result.device)
@@ -204,7 +204,7 @@ def predict_by_token(
 def proxy_losses(
     probe: Tensor, differences: Sequence[Tensor], gram: Tensor, coefficients: Tensor, loss: Loss
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`tap_diffusion.kernels.eager.proxy_losses`; ``loss`` is not ``l1``."""
+    """As :func:`tap_diffusion.core.kernels.eager.proxy_losses`; ``loss`` is not ``l1``."""
     batch, tokens, width = probe.shape
     losses = torch.empty((batch, tokens, len(coefficients)), device=probe.device)
     errors, doubt = _errors(probe), _no_doubt(probe)
@@ -220,7 +220,7 @@ def proxy_losses(
 def combine(
     hidden_states: Tensor, residuals: Sequence[Tensor], coefficients: Tensor, choice: Tensor | None, mend: bool
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`tap_diffusion.kernels.combine`."""
+    """As :func:`tap_diffusion.core.kernels.combine`."""
     batch, tokens, features = hidden_states.shape
     result, doubt = _like(hidden_states), _no_doubt(hidden_states)
     with torch.cuda.device_of(result):
@@ -234,7 +234,7 @@ def combine(
 
 
 def gram_matrix(differences: Sequence[Tensor]) -> Tensor:
-    """As :func:`tap_diffusion.selection.gram_matrix`."""
+    """As :func:`tap_diffusion.core.selection.gram_matrix`."""
     batch, tokens, width = differences[0].shape
     gram = torch.empty((batch, tokens, len(differences), len(differences)), device=differences[0].device)
     with torch.cuda.device_of(gram):

@@ -16,13 +16,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tap_diffusion.predictors.adams_bashforth import adams_bashforth
-from tap_diffusion.predictors.chebyshev import chebyshev
-from tap_diffusion.predictors.differences import difference_matrix
-from tap_diffusion.predictors.foca import foca
-from tap_diffusion.predictors.hermite import hermite
-from tap_diffusion.predictors.newton import newton
-from tap_diffusion.predictors.taylor import taylor
+from tap_diffusion.core.predictors.adams_bashforth import adams_bashforth
+from tap_diffusion.core.predictors.chebyshev import chebyshev
+from tap_diffusion.core.predictors.differences import difference_matrix
+from tap_diffusion.core.predictors.foca import foca
+from tap_diffusion.core.predictors.hermite import hermite
+from tap_diffusion.core.predictors.newton import newton
+from tap_diffusion.core.predictors.taylor import taylor
 
 Weights = NDArray[np.float64]
 Predictor = Callable[[Sequence[float], float], Weights]

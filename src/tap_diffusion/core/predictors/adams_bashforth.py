@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tap_diffusion.predictors.newton import newton
+from tap_diffusion.core.predictors.newton import newton
 
 
 def adams_bashforth(order: int) -> Callable[[Sequence[float], float], NDArray[np.float64]]:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.polynomial.chebyshev import chebvander
 from numpy.typing import NDArray
 
-from tap_diffusion.predictors.newton import newton
+from tap_diffusion.core.predictors.newton import newton
 
 
 def chebyshev(

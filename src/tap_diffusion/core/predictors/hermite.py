@@ -9,7 +9,7 @@ import numpy as np
 from numpy.polynomial.hermite import hermvander
 from numpy.typing import NDArray
 
-from tap_diffusion.predictors.differences import difference_matrix
+from tap_diffusion.core.predictors.differences import difference_matrix
 
 
 def hermite(order: int, sigma: float = 0.5) -> Callable[[Sequence[float], float], NDArray[np.float64]]:

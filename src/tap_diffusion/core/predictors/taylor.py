@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tap_diffusion.predictors.differences import difference_matrix
+from tap_diffusion.core.predictors.differences import difference_matrix
 
 
 def taylor(order: int) -> Callable[[Sequence[float], float], NDArray[np.float64]]:

@@ -22,16 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tap_diffusion.config import TAPConfig
-from tap_diffusion.errors import ConfigError, UnsupportedModelError, told_by, warn
+from tap_diffusion.core.call import Call
+from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.core.errors import ConfigError, UnsupportedModelError, told_by, warn
+from tap_diffusion.core.report import Report
+from tap_diffusion.core.schedule import plan
+from tap_diffusion.core.timeline import Timeline
+from tap_diffusion.integrations.comfyui.rehearsal import NotPlannedError, Rehearsal, rehearse, step_at
 from tap_diffusion.integrations.depth import Depth, unwrapped
-from tap_diffusion.integrations.models import Stream, TransformerSpec
 from tap_diffusion.integrations.passes import Passes, settled
-from tap_diffusion.integrations.rehearsal import NotPlannedError, Rehearsal, rehearse, step_at
-from tap_diffusion.reporting import Report
-from tap_diffusion.schedule import plan
-from tap_diffusion.timeline import Timeline
-from tap_diffusion.tracking import Call
+from tap_diffusion.integrations.specs import Stream, TransformerSpec
 
 KEY = "tap_diffusion"  # of wrappers, of the attachment, and of the run among a run's transformer options
 

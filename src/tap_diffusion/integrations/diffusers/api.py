@@ -9,12 +9,12 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from tap_diffusion.config import TAPConfig
-from tap_diffusion.errors import UnsupportedModelError
+from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.core.errors import UnsupportedModelError
+from tap_diffusion.core.report import Report
 from tap_diffusion.integrations.depth import Depth, parameters, unwrapped
-from tap_diffusion.integrations.hook import TAPHook, refuse_other_caches, register, schedulers_of, unregister
-from tap_diffusion.integrations.models import REFUSED, SPECS, Stream, TransformerSpec
-from tap_diffusion.reporting import Report
+from tap_diffusion.integrations.diffusers.hook import TAPHook, refuse_other_caches, register, schedulers_of, unregister
+from tap_diffusion.integrations.specs import REFUSED, SPECS, Stream, TransformerSpec
 
 _NAME = "tap_diffusion"
 
@@ -41,7 +41,7 @@ def apply_tap(
         config: defaults to ``TAPConfig()``.
         blocks: names of the lists of blocks, in the order in which they run.
         probe: child of the first block whose input is the probe; by default the first that looks like attention.
-        spec: a ``TransformerSpec`` (of :mod:`tap_diffusion.integrations.models`) that tells everything, instead of
+        spec: a ``TransformerSpec`` (of :mod:`tap_diffusion.integrations.specs`) that tells everything, instead of
             ``blocks`` and ``probe``.
 
     Raises:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import diffusers
 
-from tap_diffusion.integrations.models import REFUSED, SPECS
+from tap_diffusion.integrations.specs import REFUSED, SPECS
 
 _CLASS_NAME = re.compile(r"(?!.*ControlNet)\w*(Transformer|DiT)\w*?(Model|Transformer)|\w+Transformer")
 
@@ -92,7 +92,8 @@ def as_markdown(entries: list[Entry]) -> str:
         "# Models",
         "",
         f"Made by `tap models --markdown`. {len(works)} transformer classes of diffusers work, each backed by the",
-        "conformance suite (`tests/test_conformance.py`); the rest raise `UnsupportedModelError` with the reason.",
+        "conformance suite (`tests/integrations/test_conformance.py`); the rest raise `UnsupportedModelError` with the"
+        " reason.",
         "",
         "| class | pipelines | probe | stream | to know |",
         "| --- | --- | --- | --- | --- |",

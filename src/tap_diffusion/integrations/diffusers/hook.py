@@ -16,15 +16,16 @@ from diffusers.hooks import HookRegistry
 from diffusers.hooks.hooks import BaseState, ModelHook, StateManager
 from torch import Tensor, nn
 
-from tap_diffusion.compiling import uncompiled, uncompiled_itself
-from tap_diffusion.config import TAPConfig
-from tap_diffusion.errors import UnsupportedModelError, warn
-from tap_diffusion.integrations import callers
+from tap_diffusion.core.call import Call
+from tap_diffusion.core.compiling import uncompiled, uncompiled_itself
+from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.core.distributed import Ranks
+from tap_diffusion.core.errors import UnsupportedModelError, warn
+from tap_diffusion.core.report import Report
 from tap_diffusion.integrations.depth import Depth, NotCopied, named
+from tap_diffusion.integrations.diffusers import callers
+from tap_diffusion.integrations.diffusers.tracking import ONLY, Run, Runs, Told
 from tap_diffusion.integrations.passes import Passes
-from tap_diffusion.ranks import Ranks
-from tap_diffusion.reporting import Report
-from tap_diffusion.tracking import ONLY, Call, Run, Runs, Told
 
 
 class TAPHook(NotCopied, Passes, ModelHook):

@@ -26,7 +26,7 @@ from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
-from tap_diffusion.timeline import Prediction, Timeline
+from tap_diffusion.core.timeline import Prediction, Timeline
 
 
 @dataclass(frozen=True)

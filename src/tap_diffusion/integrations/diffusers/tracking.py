@@ -22,37 +22,14 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from tap_diffusion.compiling import uncompiled
-from tap_diffusion.timeline import Timeline
+from tap_diffusion.core.call import Call
+from tap_diffusion.core.compiling import uncompiled
+from tap_diffusion.core.timeline import Timeline
 
 _TOLD = object()  # in the place of a scheduler's timesteps, where the pipeline tells the step
 ONLY = "#0"  # the branch of a trajectory that has one, to which the pipeline gives no name
 _STRANGERS = 8  # more than a trajectory's first step can have branches
 _MOST_RUNS = 16  # of loops that tell no scheduler, which nobody says when they have ended
-
-
-@dataclass(frozen=True)
-class Call:
-    """Where a call stands.
-
-    Attributes:
-        step: counts from the start of the trajectory, whatever the scheduler's index.
-        is_last_step: None where no scheduler tells.
-        steps: of the trajectory, if a scheduler tells; may be more than will run (Wan 2.2 changes the transformer).
-        timeline: the noise of these steps, likewise.
-        unread: why there is no timeline though there is a scheduler, as one sentence.
-        steps_before, full_before: steps, and full ones, that another transformer has made in the same run (Wan 2.2).
-    """
-
-    step: int
-    branch: str
-    starts_trajectory: bool
-    is_last_step: bool | None
-    steps: int | None = None
-    timeline: Timeline | None = None
-    unread: str | None = None
-    steps_before: int = 0
-    full_before: int = 0
 
 
 @dataclass
@@ -251,7 +228,9 @@ class StepTracker:
 
     def _look_ahead(self, time: _Time, told: Told | None) -> None:
         """Ask the scheduler about the steps to come."""
-        from tap_diffusion import schedulers  # only now: it takes diffusers, which not every host has
+        from tap_diffusion.integrations.diffusers import (
+            schedulers,  # only now: it takes diffusers, which not every host has
+        )
 
         if told is not None:
             self._steps = None if told.steps is None else told.steps - told.step
