@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from models_table import BETWEEN, PAGE, table
 
-from tap_diffusion.integrations.comfyui import SPECS
+from tap_diffusion.integrations.comfyui.specs import SPECS
 
 
 def test_the_table_in_the_docs_is_that_of_this_version() -> None:
