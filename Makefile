@@ -4,6 +4,8 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+DEMO := -e distributions/demo
+BENCH := -e distributions/bench
 COMFYUI := .venv-comfyui
 
 .PHONY: help demo bench test test-comfyui quick lint docs clean
@@ -11,9 +13,9 @@ COMFYUI := .venv-comfyui
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt distributions/*/pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt $(PIP_ARGS) -e ".[dev]"
+	$(BIN)/pip install --quiet -c constraints.txt $(PIP_ARGS) -e ".[dev]" $(DEMO) $(BENCH)
 	touch $@
 
 demo: $(INSTALLED) ## generate 8 prompts with and without TAP, into out/demo
@@ -27,7 +29,7 @@ test: $(INSTALLED) ## the whole test suite
 
 $(COMFYUI)/.installed: pyproject.toml constraints.txt tests/comfyui/requirements.txt tests/comfyui/get_comfyui.py
 	$(PYTHON) -m venv $(COMFYUI)
-	$(COMFYUI)/bin/pip install --quiet -c constraints.txt $(PIP_ARGS) -e . pytest pytest-xdist -r tests/comfyui/requirements.txt
+	$(COMFYUI)/bin/pip install --quiet -c constraints.txt $(PIP_ARGS) -e . $(DEMO) pytest pytest-xdist -r tests/comfyui/requirements.txt
 	$(COMFYUI)/bin/python tests/comfyui/get_comfyui.py $(COMFYUI)/comfyui
 	touch $@
 

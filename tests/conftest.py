@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 from diffusers import FluxPipeline
 
 from tap_diffusion.core import engine
-from tap_diffusion.demo import EMOJI
+from tap_diffusion_demo import EMOJI
 from tiny import build_pipeline
 
 if "PYTEST_XDIST_WORKER" in os.environ:

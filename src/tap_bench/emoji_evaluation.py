@@ -21,9 +21,10 @@ from torch import Tensor
 
 from tap_diffusion.apps.generate import Request, psnr, run
 from tap_diffusion.core.config import TAPConfig
-from tap_diffusion.demo import EMOJI, data
+from tap_diffusion.demo import data
 from tap_diffusion.demo.train import encode, split_pictures
 from tap_diffusion.integrations.diffusers.api import enabled, report
+from tap_diffusion_demo import EMOJI
 
 METHODS: dict[str, dict[str, Any]] = {
     "reuse (order 0)": {"orders": (0,)},

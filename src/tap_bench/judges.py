@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tap_bench import WEIGHTS, fashion, sprites
-from tap_diffusion.demo import EMOJI, data
+from tap_diffusion.demo import data
 from tap_diffusion.demo.train import device, encode
+from tap_diffusion_demo import EMOJI
 
 FEATURES = 32  # few enough that 64 samples say something of their covariance
 SUBJECTS = (sprites.SPRITES, sprites.MOTIONS, sprites.GROUNDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
+
+from tap_bench import WEIGHTS
 
 
 class PixelDiTPipeline(DiffusionPipeline):
@@ -154,3 +157,13 @@ class PixelWanPipeline(DiffusionPipeline):
         if output_type != "latent":
             x = VideoProcessor(vae_scale_factor=1).postprocess_video(x, output_type)
         return WanPipelineOutput(frames=x)
+
+
+def fashion() -> tuple[Path, type[PixelDiTPipeline]]:
+    """Folder and class of the model ``fashion``, for :func:`tap_diffusion.apps.generate.load_pipeline`."""
+    return WEIGHTS / "fashion", PixelDiTPipeline
+
+
+def sprites() -> tuple[Path, type[PixelWanPipeline]]:
+    """The same of the model ``sprites``."""
+    return WEIGHTS / "sprites", PixelWanPipeline

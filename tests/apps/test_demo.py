@@ -21,7 +21,8 @@ from tap_diffusion.apps.generate import Request, generate, psnr
 from tap_diffusion.apps.sheets import choices_sheet, sheet, to_image
 from tap_diffusion.core.predictors import Candidate
 from tap_diffusion.core.report import Choice
-from tap_diffusion.demo import EMOJI, data, train
+from tap_diffusion.demo import data, train
+from tap_diffusion_demo import EMOJI
 from tiny import build_pipeline, sample
 
 

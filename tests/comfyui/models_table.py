@@ -8,7 +8,8 @@ from pathlib import Path
 from tiny_comfy import MODELS, build
 
 from tap_diffusion import UnsupportedModelError
-from tap_diffusion.integrations.comfyui.specs import REFUSED, accelerate
+from tap_diffusion.integrations.comfyui import accelerate
+from tap_diffusion.integrations.comfyui.specs import REFUSED
 
 PAGE = Path(__file__).parents[2] / "docs" / "comfyui.md"
 BETWEEN = re.compile(r"(?<=<!-- models -->\n).*?(?=<!-- end of models -->)", re.DOTALL)

@@ -20,10 +20,9 @@ from torch import Tensor
 
 import tap_diffusion as tap
 from tap_diffusion import TAPConfig
-from tap_diffusion.apps.generate import EMBEDDED
 from tap_diffusion.integrations.comfyui import accelerate, report
+from tap_diffusion_demo import EMOJI
 
-FOLDER, _ = EMBEDDED["emoji"]
 STEPS, GUIDANCE = 14, 2.0
 PROMPTS, EMPTY = ["red apple", "green frog face"], [""] * 2
 CONFIG = TAPConfig(full_steps=6)
@@ -32,7 +31,7 @@ REUSE = TAPConfig(full_steps=6, orders=(0,), hindsight=0)
 
 @pytest.fixture(scope="module")
 def pipe() -> Any:
-    pipe = FluxPipeline.from_pretrained(FOLDER, dtype=torch.float32)
+    pipe = FluxPipeline.from_pretrained(EMOJI, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -40,7 +39,7 @@ def pipe() -> Any:
 @pytest.fixture(scope="module")
 def flux() -> Any:
     """The same transformer as ComfyUI loads it from a file of diffusers."""
-    weights = load_file(FOLDER / "transformer" / "diffusion_pytorch_model.safetensors")
+    weights = load_file(EMOJI / "transformer" / "diffusion_pytorch_model.safetensors")
     weights = {name: value.float() for name, value in weights.items()}
     config = supported_models.Flux(
         {

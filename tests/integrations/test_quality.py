@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,13 +11,13 @@ from torch import Tensor
 
 import tap_diffusion as tap
 from tap_diffusion import TAPConfig
+from tap_diffusion.apps import ui
 from tap_diffusion.apps.generate import Request, psnr, run
-from tap_diffusion.demo import EMOJI
 
 pytestmark = pytest.mark.slow
 
 PROMPTS = [
-    *(EMOJI.parent / "prompts.txt").read_text().splitlines(),
+    *(Path(ui.__file__).with_name("prompts.txt")).read_text().splitlines(),
     "watermelon", "elephant", "hamburger", "crown", "octopus", "pizza", "violin", "green apple",
 ]  # fmt: skip
 REQUEST = Request(PROMPTS, steps=50, seed=100, guidance=2.0, batch_size=8)

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,8 +20,6 @@ from diffusers import DiffusionPipeline, FluxPipeline
 from PIL import Image
 from torch import Tensor
 
-from tap_bench import WEIGHTS
-from tap_bench.pixels import PixelDiTPipeline, PixelWanPipeline
 from tap_diffusion import __version__
 from tap_diffusion.apps import media, pipelines
 from tap_diffusion.apps.files import FPS
@@ -28,15 +27,11 @@ from tap_diffusion.apps.sheets import choices_sheet, sheet, stack
 from tap_diffusion.core.config import TAPConfig
 from tap_diffusion.core.errors import ConfigError, UsageError
 from tap_diffusion.core.report import Report
-from tap_diffusion.demo import EMOJI
 from tap_diffusion.integrations.diffusers.api import enabled, report, supported, transformers
 
 COLUMNS = 8  # of compare.png
-EMBEDDED: Mapping[str, tuple[Path, type[DiffusionPipeline]]] = {
-    "emoji": (EMOJI, FluxPipeline),
-    "fashion": (WEIGHTS / "fashion", PixelDiTPipeline),
-    "sprites": (WEIGHTS / "sprites", PixelWanPipeline),
-}
+MODELS = "tap_diffusion.models"  # entry points of packages that bring models: a name, and what gives folder and class
+APART = {"emoji": "demo", "fashion": "bench", "sprites": "bench"}  # the project's own, and the extras that bring them
 
 
 def load_pipeline(model: str, dtype: torch.dtype, device: str, offload: bool = False) -> DiffusionPipeline:
@@ -53,16 +48,19 @@ def load_pipeline(model: str, dtype: torch.dtype, device: str, offload: bool = F
     if offload and device == "cpu":
         raise UsageError("offloading is for a GPU, whose memory a model doesn't fit in")
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None
-    path, kind = EMBEDDED.get(model, (Path(model), DiffusionPipeline))
+    brought = entry_points(group=MODELS)
+    path, kind = brought[model].load()() if model in brought.names else (Path(model), DiffusionPipeline)
     if path.is_dir():
         if not (path / "model_index.json").exists():
             raise UsageError(f"the folder {model} holds no pipeline: it has no model_index.json")
         source = str(path)
     elif is_hub_id:
         source = model
+    elif model in APART:
+        raise UsageError(f"the model '{model}' is in a package of its own: pip install 'tap-diffusion[{APART[model]}]'")
     else:
         raise UsageError(
-            f"unknown model '{model}': give {', '.join(EMBEDDED)}, a folder with a model_index.json, or a hub id"
+            f"unknown model '{model}': give {', '.join(APART)}, a folder with a model_index.json, or a hub id"
             " owner/name"
         )
     try:
@@ -82,7 +80,7 @@ def load_pipeline(model: str, dtype: torch.dtype, device: str, offload: bool = F
 
 def prompt_for(model: str, prompt: str) -> str:
     """A prompt as a model reads it: the embedded ones' vocabularies have no capitals."""
-    return prompt.lower() if model in EMBEDDED else prompt
+    return prompt.lower() if model in APART else prompt
 
 
 def guidance_for(model: str, guidance: float | None) -> float | None:

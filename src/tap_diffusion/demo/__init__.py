@@ -1,6 +1,4 @@
-"""The embedded model: a small, real FLUX trained on emoji, and what trains it."""
+"""The embedded model `emoji`, a small, real FLUX: its pictures and its training.
 
-from pathlib import Path
-
-EMOJI = Path(__file__).parent / "emoji"
-"""Folder of the embedded pipeline, for ``FluxPipeline.from_pretrained``."""
+``tap_diffusion_demo`` has its weights.
+"""

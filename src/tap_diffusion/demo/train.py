@@ -2,7 +2,7 @@
 
     python -m tap_diffusion.demo.train autoencoder --work out/train
     python -m tap_diffusion.demo.train transformer --work out/train
-    python -m tap_diffusion.demo.train export --work out/train --to src/tap_diffusion/demo/emoji
+    python -m tap_diffusion.demo.train export --work out/train --to src/tap_diffusion_demo/emoji
 
 Each stage keeps a checkpoint in the work folder and goes on from it when called again (Ctrl-C is safe), writes
 sample sheets as it goes, and runs on CPU or GPU without changes. ``--from`` goes on from an exported pipeline, such as

@@ -59,7 +59,8 @@ def accelerate(
     Args:
         model: ComfyUI's ``ModelPatcher``, a node's MODEL.
         config: defaults to ``TAPConfig()``. ``steps`` may be left out: ComfyUI's sigmas tell.
-        spec: of the diffusion model, where its class is not one of :data:`~tap_diffusion.integrations.comfyui.specs.SPECS`.
+        spec: of the diffusion model, where its class is not one of
+            :data:`~tap_diffusion.integrations.comfyui.specs.SPECS`.
         start_percent, end_percent: part of the sampling, from 0 to 1 as ComfyUI counts it, in which steps may be
             predicted; ``config`` divides the steps there, and those outside are full.
 

@@ -1,0 +1,1 @@
+"""The commands that the bench adds to ``tap``, a file for each."""

@@ -1,0 +1,49 @@
+"""The ``tap`` command: a file for each of its commands, and those that other packages add."""
+
+from __future__ import annotations
+
+from functools import partial
+from importlib.metadata import entry_points
+
+import typer
+
+from tap_diffusion.apps.cli import generate, models, options, ui
+from tap_diffusion.core.errors import UsageError
+
+GROUP = "tap_diffusion.commands"  # of entry points: a command's name, and its function
+BENCH = {  # commands of the bench, which is installed apart
+    "bench": "Compare TAP with other methods, each at its best.",
+    "tune": "Plan which steps are full for a model, from a few prompts, and verify it on others.",
+    "profile": "Measure what a predicted step costs, part by part, beside the least that it could.",
+}
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def main() -> None:
+    """Token-Adaptive Predictor: training-free acceleration of diffusion transformers."""
+
+
+def _missing(name: str) -> None:
+    raise options.failed(UsageError(f"tap {name} is in a package of its own: pip install 'tap-diffusion[bench]'"))
+
+
+app.command()(generate.generate)
+_added = {point.name: point.load() for point in entry_points(group=GROUP)}
+for _name in dict.fromkeys([*BENCH, *_added]):
+    if _name in _added:
+        app.command(_name)(_added[_name])
+    else:
+        app.command(
+            _name,
+            help=f"{BENCH[_name]} Not installed: pip install 'tap-diffusion[bench]'",
+            context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+        )(partial(_missing, _name))
+app.command()(ui.ui)
+app.command()(models.models)

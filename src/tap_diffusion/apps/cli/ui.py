@@ -1,0 +1,61 @@
+"""``tap ui``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from tap_diffusion.apps.cli.options import (
+    DType,
+    ModelDeviceOption,
+    ModelDTypeOption,
+    ModelOption,
+    console,
+    failed,
+    importing,
+    option,
+    placement,
+)
+from tap_diffusion.core.errors import ConfigError, UnsupportedModelError, UsageError
+
+
+def ui(
+    model: ModelOption = "emoji",
+    dtype: ModelDTypeOption = DType.auto,
+    device: ModelDeviceOption = None,
+    results: Annotated[
+        Path | None, option("Page", help="results.json of a bench run, or its folder, to show the frontier of.")
+    ] = None,
+    host: Annotated[
+        str, option("Page", help="Address to listen at; 0.0.0.0 lets in whoever reaches this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None, option("Page", help="Port to listen at.", default="the first free from 7860", min=1, max=65535)
+    ] = None,
+) -> None:
+    """Open a page in the browser: plain and accelerated pictures, and what each token took.
+
+    Example: tap ui --results bench/fashion/results.json
+    """
+    try:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+        with importing("the page", "ui"):
+            from tap_diffusion.apps.generate import load_pipeline
+            from tap_diffusion.apps.ui.page import Page, serve
+        plots = ""
+        if results is not None:
+            with importing():
+                from tap_diffusion.apps.ui.parts import frontier
+
+                plots = frontier(results.parent if results.name == "results.json" else results)
+        page = Page(load_pipeline(model, *placement(dtype, device)), model)
+        with console.status("trying the model"):
+            page.warm_up()
+        blocks = page.blocks(plots)
+        address = serve(blocks, host, port)
+    except (ConfigError, UnsupportedModelError, UsageError) as error:
+        raise failed(error) from None
+    console.print(f"Open {address} in a browser. Ctrl-C ends it.", highlight=False, soft_wrap=True)
+    blocks.block_thread()
