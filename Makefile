@@ -8,7 +8,7 @@ DEMO := -e distributions/demo
 BENCH := -e distributions/bench
 COMFYUI := .venv-comfyui
 
-.PHONY: help demo bench test test-comfyui quick lint docs clean
+.PHONY: help demo bench test test-comfyui quick lint wheels docs clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -39,10 +39,14 @@ test-comfyui: $(COMFYUI)/.installed ## the node against the real ComfyUI, in an 
 quick: $(INSTALLED) ## the tests that take under two minutes together
 	$(BIN)/pytest -m "not slow"
 
-lint: $(INSTALLED) ## ruff and mypy
+lint: $(INSTALLED) ## ruff, mypy, and which part may import which
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+wheels: $(INSTALLED) ## build the three distributions, and try them in a fresh environment
+	PIP_ARGS="$(PIP_ARGS)" .ci/wheels
 
 docs: $(INSTALLED) ## the documentation, into out/site; `.venv/bin/mkdocs serve` shows it while it is written
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build

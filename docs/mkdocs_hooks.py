@@ -50,6 +50,14 @@ downloaded and opened.
 # --------------------------------------------------------------------------------------------------------------- mkdocs
 
 
+def on_pre_build(**_: Any) -> None:
+    """Make the reports of the committed bench runs: they are large, and made from what is kept of a run."""
+    from tap_bench.report import write_report
+
+    for results in sorted((ROOT / "docs" / "bench").glob("*/results.json")):
+        write_report(results.parent)
+
+
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add a page for every file of code that a page links to, and a list for every folder."""
     from mkdocs.structure.files import File

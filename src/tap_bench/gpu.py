@@ -42,7 +42,7 @@ def kernels() -> dict[str, Any]:
         found["tests"] = _output("pytest", "-n", "0", "-q", str(tests)).splitlines()[-1]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernels.json"
-        _output("tap_diffusion.core.kernels.benchmark", "--out", str(file))
+        _output("tap_bench.kernels", "--out", str(file))
         return found | json.loads(file.read_text(encoding="utf-8"))
 
 

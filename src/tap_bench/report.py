@@ -373,14 +373,19 @@ def _pictures(out: Path, measured: Sequence[Cell], full: Cell) -> str:
 
 
 def _sheet(file: Path, caption: str) -> str:
-    if not file.exists():
+    """A sheet of samples, drawn by this run (PNG) or kept from another's page (WebP, as it is there)."""
+    kept = file.with_suffix(".webp")
+    if not file.exists() and not kept.exists():
         return f"<p>{caption}: no picture</p>"
     content = io.BytesIO()
+    file = file if file.exists() else kept
     with Image.open(file) as picture:
         width, height = picture.size
         scale = max(1, _PAGE_WIDTH // width)
-        # PNGs of a standard run take 10 MB; losses would be seen only where pixels are enlarged.
-        picture.save(content, "webp", lossless=scale > 1, quality=90)
+        if file == kept:
+            content.write(file.read_bytes())
+        else:  # PNGs of a standard run take 10 MB; losses would be seen only where pixels are enlarged
+            picture.save(content, "webp", lossless=scale > 1, quality=90)
     return (
         f'<figure class="sheet"><figcaption>{caption}</figcaption><img{" class=pixelated" if scale > 1 else ""} alt=""'
         f' width="{width * scale}" height="{height * scale}" loading="lazy"'
@@ -489,3 +494,15 @@ def _listed(items: Iterable[str]) -> str:
 
 def _date(file: Path) -> str:
     return datetime.fromtimestamp(file.stat().st_mtime, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def frontier(results: Path) -> str:
+    """The bench's plots of a saved run, as HTML.
+
+    Raises:
+        UsageError: the folder holds no results.
+    """
+    cells = [cell for cell in read_cells(results) if "psnr_db" in cell]
+    both = plots.evaluations_plot(cells, BASELINE), plots.time_plot(cells, BASELINE)
+    what = f"{cells[0]['model']}, {cells[0]['steps']} steps: each method at its best, as tap bench measured it."
+    return f"<p>{escape(what)}</p><div class='frontier'>{''.join(both)}</div>"

@@ -455,7 +455,7 @@ def test_gpu_script_tests_and_times_the_kernels(monkeypatch: pytest.MonkeyPatch,
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_kernels.py").touch()
     assert gpu.kernels() == {"tests": "60 passed in 9s", "rows": []}
-    assert commands == ["tap_diffusion.core.kernels.benchmark", "pytest", "tap_diffusion.core.kernels.benchmark"]
+    assert commands == ["tap_bench.kernels", "pytest", "tap_bench.kernels"]
     failing = "pytest"
     with pytest.raises(RuntimeError, match="pytest failed:\n1 failed"):
         gpu.kernels()

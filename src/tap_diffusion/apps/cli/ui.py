@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
 
@@ -46,10 +47,7 @@ def ui(
             from tap_diffusion.apps.ui.page import Page, serve
         plots = ""
         if results is not None:
-            with importing():
-                from tap_diffusion.apps.ui.parts import frontier
-
-                plots = frontier(results.parent if results.name == "results.json" else results)
+            plots = _frontier(results.parent if results.name == "results.json" else results)
         page = Page(load_pipeline(model, *placement(dtype, device)), model)
         with console.status("trying the model"):
             page.warm_up()
@@ -59,3 +57,13 @@ def ui(
         raise failed(error) from None
     console.print(f"Open {address} in a browser. Ctrl-C ends it.", highlight=False, soft_wrap=True)
     blocks.block_thread()
+
+
+def _frontier(results: Path) -> str:
+    """A bench run's figure, as SVG. Raises UsageError where the bench is not installed, or the folder holds no run."""
+    drawn = entry_points(group="tap_diffusion.results")
+    if "frontier" not in drawn.names:
+        raise UsageError("--results needs the bench: pip install 'tap-diffusion[bench]'")
+    with importing():
+        found: str = drawn["frontier"].load()(results)
+    return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -116,18 +115,3 @@ def _css(parts: Sequence[float]) -> str:
 
 def _uri(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(png(image)).decode()
-
-
-def frontier(results: Path) -> str:
-    """The bench's plots of a saved run, as HTML.
-
-    Raises:
-        UsageError: the folder holds no results.
-    """
-    from tap_bench import BASELINE, plots
-    from tap_bench.report import read_cells
-
-    cells = [cell for cell in read_cells(results) if "psnr_db" in cell]
-    both = plots.evaluations_plot(cells, BASELINE), plots.time_plot(cells, BASELINE)
-    what = f"{cells[0]['model']}, {cells[0]['steps']} steps: each method at its best, as tap bench measured it."
-    return f"<p>{escape(what)}</p><div class='frontier'>{''.join(both)}</div>"

@@ -1,7 +1,7 @@
 """What a predicted step moves: the probe's losses, the choice of a candidate, the hidden states predicted.
 
 One operation in two forms, Triton kernels for GPUs (``fused``) and plain PyTorch (``eager``), after the reference in
-:mod:`tap_diffusion.core.selection`. ``python -m tap_diffusion.core.kernels.benchmark`` compares both with the copy
+:mod:`tap_diffusion.core.selection`. ``python -m tap_bench.kernels`` compares both with the copy
 bandwidth.
 """
 

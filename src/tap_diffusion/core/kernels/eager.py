@@ -2,7 +2,7 @@
 
 On a CPU it runs over chunks of tokens whose temporaries stay in the caches: at the size of FLUX.1-dev six times as fast
 as over whole tensors. torch.compile would be faster still, but would need a C++ compiler and keep the first predicted
-step waiting for seconds (``python -m tap_diffusion.core.kernels.benchmark``).
+step waiting for seconds (``python -m tap_bench.kernels``).
 """
 
 from __future__ import annotations

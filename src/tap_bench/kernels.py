@@ -1,6 +1,6 @@
 """The kernels against the bandwidth of a copy.
 
-    python -m tap_diffusion.core.kernels.benchmark --out kernels.json
+    python -m tap_bench.kernels --out kernels.json
 
 A predicted step moves each tensor once: the probe and its history, the residuals' history, the hidden states in and
 out. Each size is compared with a copy of as many bytes on the same device. Between the calls of a round, which take
