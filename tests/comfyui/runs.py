@@ -40,14 +40,34 @@ def sample(
         size: of the latent, without the batch, where it is not the model's usual one.
         more: for ``comfy.sample.sample``.
     """
-    tiny = MODELS[name]
-    x = noise(batch, *(size or tiny.latent), seed=seed)
-    latent = torch.zeros_like(x) if denoise == 1 else noise(*x.shape, seed=seed + 1)
-    positive, negative = positive or tiny.condition(1), negative or tiny.condition(2)
-    result: Tensor = comfy_sample.sample(
-        patcher, x, steps, cfg, sampler, "simple", positive, negative, latent, denoise=denoise, disable_pbar=True,
-        seed=0, **more,
+    x = noise(batch, *(size or MODELS[name].latent), seed=seed)
+    latent = None if denoise == 1 else noise(*x.shape, seed=seed + 1)
+    return sample_from(
+        patcher, name, x, sampler, steps=steps, cfg=cfg, denoise=denoise, positive=positive, negative=negative,
+        latent=latent, **more,
     )  # fmt: skip
+
+
+def sample_from(
+    patcher: Any,
+    name: str,
+    x: Tensor,
+    sampler: str = "euler",
+    *,
+    steps: int = STEPS,
+    cfg: float = 3.0,
+    positive: Conditioning | None = None,
+    negative: Conditioning | None = None,
+    latent: Tensor | None = None,
+    **more: Any,
+) -> Tensor:
+    """What a run makes of this noise."""
+    tiny = MODELS[name]
+    positive, negative = positive or tiny.condition(1), negative or tiny.condition(2)
+    latent = torch.zeros_like(x) if latent is None else latent
+    result: Tensor = comfy_sample.sample(
+        patcher, x, steps, cfg, sampler, "simple", positive, negative, latent, disable_pbar=True, seed=0, **more
+    )
     assert result.isfinite().all()
     return result
 

@@ -184,6 +184,24 @@ def test_a_mask_keeps_what_it_covers(flux: Any) -> None:
     assert 0 < distance(result, plain) < 0.3
 
 
+@pytest.mark.parametrize("name", ["Flux", "WAN21_T2V", "SD3"])
+@pytest.mark.parametrize(
+    ("dtype", "computed_in"),
+    [(torch.bfloat16, None), (torch.float16, None), (torch.float8_e4m3fn, torch.bfloat16)],
+    ids=["bfloat16", "float16", "float8 weights"],
+)
+def test_half_precision(name: str, dtype: torch.dtype, computed_in: torch.dtype | None) -> None:
+    patcher = build(name, dtype=dtype, computed_in=computed_in)
+    plain = sample(patcher, name)
+    assert torch.equal(sample(accelerate(patcher, WHOLE), name), plain)
+    accelerated = accelerate(patcher, CONFIG)
+    with watched(patcher, standing_still=True) as calls:
+        sample(accelerated, name)
+    assert (found_in(accelerated).full_steps, found_in(accelerated).fallbacks) == (FULL, {})
+    assert calls[0].output.dtype == (computed_in or dtype)
+    assert max(distance(call.output, calls[0].output) for call in calls) < 0.02
+
+
 # ----------------------------------------------------------------------------------------------------------- conditions
 
 
