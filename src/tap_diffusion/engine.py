@@ -6,6 +6,7 @@ model computed at a full step, or asks it for the hidden states after the last b
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -135,6 +136,12 @@ class Engine:
                 self._doubts.pop(branch, None)
             if not self._histories:
                 self._say_how_it_went()
+
+    def begin_like(self, call: Call, other: str) -> None:
+        """Let a branch that begins with this call have the past of another, whose calls were much alike."""
+        past = self._histories.get(other, {})
+        if past and call.branch not in self._histories and all(h.times[0] < call.step for h in past.values()):
+            self._histories[call.branch] = {stream: copy.copy(history) for stream, history in past.items()}
 
     def forget(self, before: int) -> None:
         """Drop what is remembered of branches whose last call was before a step."""

@@ -29,7 +29,7 @@ def table() -> str:
     lines = ["| class | in `comfy.supported_models` | |", "| --- | --- | --- |"]
     for kind in sorted(names, key=str.lower):
         said = f"refused: {refused[kind]}" if kind in refused else "works"
-        lines.append(f"| `{kind}` | {', '.join(sorted(names[kind], key=str.lower))} | {said} |")
+        lines.append(f"| {kind} | {', '.join(sorted(names[kind], key=str.lower))} | {said} |")
     return "\n".join(lines) + "\n"
 
 

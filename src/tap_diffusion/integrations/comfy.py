@@ -254,8 +254,10 @@ class _Run:
         self._position = _Position(levels, rehearsal)
         self._steps = len(levels)
         self._timeline = _timeline(levels, model_sampling, sampler, rehearsal)
-        start, end = (float(model_sampling.percent_to_sigma(percent)) for percent in accelerator.part)
-        self._config = _within(accelerator.config, accelerator.spec, levels, self._timeline, start, end)
+        self._config = accelerator.config
+        if accelerator.part != (0, 1):
+            start, end = (float(model_sampling.percent_to_sigma(percent)) for percent in accelerator.part)
+            self._config = _within(accelerator.config, accelerator.spec, levels, self._timeline, start, end)
         self._lanes: dict[int, _Lane] = {}  # by id of the diffusion model: there are several with several GPUs
         self._names: dict[Hashable, str] = {}  # of branches
         self._seen: Counter[Hashable] = Counter()  # branches in this evaluation
@@ -285,14 +287,18 @@ class _Run:
         if lane is None:
             lane = self._lanes[id(module)] = _Lane(self._accelerator, self._config, module)
         first = not lane.has_begun
+        branches = self._branches(options, len(x))
         calls = [
-            Call(self._position.step, branch, first and i == 0, None, self._steps, self._timeline)
-            for i, branch in enumerate(self._branches(options, len(x)))
+            Call(self._position.step, self._named(branch), first and i == 0, None, self._steps, self._timeline)
+            for i, branch in enumerate(branches)
         ]
+        for call, (*part, turn) in zip(calls, branches, strict=True):
+            if turn > 0:  # the first of its kind
+                lane.engine.begin_like(call, self._named((*part, turn - 1)))
         return lane.run_on(calls, forward, x.device)
 
-    def _branches(self, options: dict[str, Any], batch: int) -> list[str]:
-        """The branch of each part of a batch.
+    def _branches(self, options: dict[str, Any], batch: int) -> list[tuple[Any, ...]]:
+        """The branch of each part of a batch, with the turn at the end.
 
         A part is known by its condition. A condition may come again within one evaluation (skip-layer guidance), at a
         step's second evaluation (Heun), and for one window of frames after the other.
@@ -307,12 +313,12 @@ class _Run:
         for condition, uuid in parts:
             part = condition, uuid, None if window is None else tuple(window)
             self._seen[part] += 1
-            kind = "cond" if condition == 0 else "uncond"
-            branches.append(self._named((*part, self._seen[part], self._position.turn), kind))
+            branches.append((*part, self._seen[part], self._position.turn))
         return branches
 
-    def _named(self, branch: Hashable, kind: str) -> str:
+    def _named(self, branch: tuple[Any, ...]) -> str:
         if branch not in self._names:
+            kind = "cond" if branch[0] == 0 else "uncond"
             count = sum(name.split()[0] == kind for name in self._names.values())
             self._names[branch] = kind if count == 0 else f"{kind} {count + 1}"
         return self._names[branch]
@@ -395,6 +401,8 @@ class _Position:
         """Take note of another evaluation; return whether it goes on from the last. If noise was added, it doesn't."""
         noise = self._planned[self._count] if self._count < len(self._planned) else float(sigma.max())
         self._count += 1
+        if not sigma.is_cuda and not math.isclose(noise, actual := float(sigma.max()), rel_tol=1e-3):
+            self._planned, noise = (), actual  # something else has evaluated the model in between
         step = step_at(self._levels, noise)
         goes_on = step >= self.step or self._goes_back
         if not goes_on:
@@ -435,10 +443,10 @@ def _within(
 ) -> TAPConfig:
     """The configuration of a run in which only steps between two noise levels may be predicted."""
     inside = [step for step, level in enumerate(levels) if end <= level <= start]
-    if len(inside) == len(levels):
-        return config
     outside = [step for step in range(len(levels)) if step not in inside]
-    if inside:
+    if isinstance(config.full_steps, tuple):
+        outside += config.full_steps
+    elif inside:
         first, count = inside[0], len(inside)
         part = None if timeline is None else replace(timeline, noise=timeline.noise[first : first + count])
         is_full = plan(settled(config, spec), count, part)
