@@ -78,9 +78,12 @@ def sample_with(
     """A run with a sampler and sigmas of one's own, as the node SamplerCustom makes it."""
     tiny = MODELS[name]
     x = noise(1, *tiny.latent, seed=3)
-    chosen = samplers.KSAMPLER(sampler) if callable(sampler) else samplers.sampler_object(sampler)
+    if isinstance(sampler, str):
+        sampler = samplers.sampler_object(sampler)
+    elif callable(sampler):
+        sampler = samplers.KSAMPLER(sampler)
     result: Tensor = comfy_sample.sample_custom(
-        patcher, x, cfg, chosen, sigmas, tiny.condition(1), tiny.condition(2), torch.zeros_like(x), callback=callback,
+        patcher, x, cfg, sampler, sigmas, tiny.condition(1), tiny.condition(2), torch.zeros_like(x), callback=callback,
         disable_pbar=True, seed=0,
     )  # fmt: skip
     return result
@@ -98,7 +101,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Tensor = field(default_factory=lambda: torch.empty(0))
-    modules: int = 0  # how many modules without children ran in it
+    modules: set[str] = field(default_factory=set)  # those without children that ran in it
 
 
 @contextmanager
@@ -125,13 +128,13 @@ def watched(patcher: Any, standing_still: bool = False) -> Iterator[list[Call]]:
     def leave(_: Any, args: Any, kwargs: Any, output: Any) -> None:
         calls[-1].output = output.clone()
 
-    def count(*_: Any) -> None:
-        calls[-1].modules += 1
+    def note(name: str) -> Any:
+        return lambda *_: calls[-1].modules.add(name)
 
     handles = [
         model.register_forward_pre_hook(enter, with_kwargs=True),
         model.register_forward_hook(leave, with_kwargs=True),
-        *(part.register_forward_hook(count) for part in model.modules() if not list(part.children())),
+        *(part.register_forward_hook(note(n)) for n, part in model.named_modules() if not list(part.children())),
     ]
     try:
         yield calls
