@@ -310,7 +310,7 @@ def test_the_command_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def served() -> Iterator[tuple[Page, str]]:
     """A page and its address, on a free port."""
-    from tap_diffusion.apps.ui.parts import frontier
+    from tap_bench.report import frontier
 
     page = Page(build_pipeline(), "emoji")
     blocks = page.blocks(frontier(FASHION))

@@ -40,14 +40,34 @@ def sample(
         size: of the latent, without the batch, where it is not the model's usual one.
         more: for ``comfy.sample.sample``.
     """
-    tiny = MODELS[name]
-    x = noise(batch, *(size or tiny.latent), seed=seed)
-    latent = torch.zeros_like(x) if denoise == 1 else noise(*x.shape, seed=seed + 1)
-    positive, negative = positive or tiny.condition(1), negative or tiny.condition(2)
-    result: Tensor = comfy_sample.sample(
-        patcher, x, steps, cfg, sampler, "simple", positive, negative, latent, denoise=denoise, disable_pbar=True,
-        seed=0, **more,
+    x = noise(batch, *(size or MODELS[name].latent), seed=seed)
+    latent = None if denoise == 1 else noise(*x.shape, seed=seed + 1)
+    return sample_from(
+        patcher, name, x, sampler, steps=steps, cfg=cfg, denoise=denoise, positive=positive, negative=negative,
+        latent=latent, **more,
     )  # fmt: skip
+
+
+def sample_from(
+    patcher: Any,
+    name: str,
+    x: Tensor,
+    sampler: str = "euler",
+    *,
+    steps: int = STEPS,
+    cfg: float = 3.0,
+    positive: Conditioning | None = None,
+    negative: Conditioning | None = None,
+    latent: Tensor | None = None,
+    **more: Any,
+) -> Tensor:
+    """What a run makes of this noise."""
+    tiny = MODELS[name]
+    positive, negative = positive or tiny.condition(1), negative or tiny.condition(2)
+    latent = torch.zeros_like(x) if latent is None else latent
+    result: Tensor = comfy_sample.sample(
+        patcher, x, steps, cfg, sampler, "simple", positive, negative, latent, disable_pbar=True, seed=0, **more
+    )
     assert result.isfinite().all()
     return result
 
@@ -58,9 +78,12 @@ def sample_with(
     """A run with a sampler and sigmas of one's own, as the node SamplerCustom makes it."""
     tiny = MODELS[name]
     x = noise(1, *tiny.latent, seed=3)
-    chosen = samplers.KSAMPLER(sampler) if callable(sampler) else samplers.sampler_object(sampler)
+    if isinstance(sampler, str):
+        sampler = samplers.sampler_object(sampler)
+    elif callable(sampler):
+        sampler = samplers.KSAMPLER(sampler)
     result: Tensor = comfy_sample.sample_custom(
-        patcher, x, cfg, chosen, sigmas, tiny.condition(1), tiny.condition(2), torch.zeros_like(x), callback=callback,
+        patcher, x, cfg, sampler, sigmas, tiny.condition(1), tiny.condition(2), torch.zeros_like(x), callback=callback,
         disable_pbar=True, seed=0,
     )  # fmt: skip
     return result
@@ -78,7 +101,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Tensor = field(default_factory=lambda: torch.empty(0))
-    modules: int = 0  # how many modules without children ran in it
+    modules: set[str] = field(default_factory=set)  # those without children that ran in it
 
 
 @contextmanager
@@ -105,13 +128,13 @@ def watched(patcher: Any, standing_still: bool = False) -> Iterator[list[Call]]:
     def leave(_: Any, args: Any, kwargs: Any, output: Any) -> None:
         calls[-1].output = output.clone()
 
-    def count(*_: Any) -> None:
-        calls[-1].modules += 1
+    def note(name: str) -> Any:
+        return lambda *_: calls[-1].modules.add(name)
 
     handles = [
         model.register_forward_pre_hook(enter, with_kwargs=True),
         model.register_forward_hook(leave, with_kwargs=True),
-        *(part.register_forward_hook(count) for part in model.modules() if not list(part.children())),
+        *(part.register_forward_hook(note(n)) for n, part in model.named_modules() if not list(part.children())),
     ]
     try:
         yield calls

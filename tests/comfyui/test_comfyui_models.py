@@ -11,11 +11,14 @@ import real  # noqa: F401 - finds ComfyUI
 import pytest
 import torch
 from comfy import supported_models
-from runs import STEPS, distance, full_passes, sample, watched
-from tiny_comfy import MODELS, build
+from runs import STEPS, distance, full_passes, sample, sample_from, watched
+from tiny_comfy import MODELS, build, noise
+from torch import Tensor
 
 from tap_diffusion import TAPConfig, UnsupportedModelError
+from tap_diffusion.core.engine import Engine
 from tap_diffusion.integrations.comfyui import accelerate, report
+from tap_diffusion.integrations.comfyui.wrappers import KEY
 
 # Models that TAP does not accelerate. Where a spec is added, its name goes from here, and all tests below apply.
 REFUSED = {"CosmosI2V", "CosmosT2V"}
@@ -79,10 +82,10 @@ def test_full_steps_are_bit_identical(model: tuple[str, Any], config: TAPConfig)
 def _without_hindsight(calls: list[Any], full: list[bool]) -> list[Any]:
     """One call for each pass: where hindsight predicts a full step beside it, the latter, which comes after."""
     found, queue = [], list(calls)
-    most = max(call.modules for call in calls)
+    most = max(len(call.modules) for call in calls)
     for is_full in full:
         call = queue.pop(0)
-        if is_full and call.modules < LEFT_OUT * most:
+        if is_full and len(call.modules) < LEFT_OUT * most:
             call = queue.pop(0)
         found.append(call)
     assert not queue
@@ -95,15 +98,71 @@ def test_at_a_standstill_a_predicted_step_gives_what_a_full_one_does(model: tupl
     name, patcher = model
     accelerated = accelerate(patcher, TAPConfig(full_steps=FULL, probe=probe))
     with watched(patcher, standing_still=True) as calls:
-        sample(accelerated, name)
+        sample(accelerated, name, batch=1 if name == "WAN21_Vace" else 2)  # whose nodes make conditions of one size
     found = report(accelerated)
     assert found is not None
     assert (found.full_steps, found.predicted_steps, found.fallbacks) == (FULL, STEPS - FULL, {})
     expected = calls[0].output
     assert torch.equal(expected, patcher.model.diffusion_model(*calls[0].args, **calls[0].kwargs))
     assert max(distance(call.output, expected) for call in calls) < 1e-5
-    ran = sorted({call.modules for call in calls})
-    assert ran[0] < LEFT_OUT * ran[-1]
+    spec = accelerated.get_attachment(KEY).spec
+    first, places = f"{spec.blocks[0]}.0.", (*spec.blocks, *spec.bypassed)
+    depth = {
+        module
+        for module in max((call.modules for call in calls), key=len)
+        if module.startswith(tuple(f"{place}." for place in places)) and not module.startswith(first)
+    }
+    assert depth
+    # A full step may be predicted as well, for hindsight.
+    ran = [bool(call.modules & depth) for call in calls]
+    assert (ran.count(True), ran.count(False)) == (FULL, len(calls) - FULL)
+    assert len(calls) >= STEPS
+
+
+def test_a_part_that_is_given(model: tuple[str, Any]) -> None:
+    """A noise mask over the first frame or row, as image-to-video and inpainting nodes set it.
+
+    Some models then have a time for each token.
+    """
+    name, patcher = model
+    shape = MODELS[name].latent
+    if name in ("HunyuanVideo15", "HunyuanImage21Refiner"):
+        pytest.skip("takes no such mask")
+    mask = torch.ones(1, 1, *shape[1:])
+    mask[:, :, 0] = 0
+    kind: Any = {"noise_mask": mask, "denoise": 0.9}
+    plain = sample(patcher, name, **kind)
+    assert torch.equal(sample(accelerate(patcher, TAPConfig(interval=1)), name, **kind), plain)
+    accelerated = accelerate(patcher, TAPConfig(full_steps=FULL))
+    with watched(patcher, standing_still=True) as calls:
+        sample(accelerated, name, **kind)
+    found = report(accelerated)
+    assert found is not None
+    assert (found.full_steps, found.predicted_steps, found.fallbacks) == (FULL, STEPS - FULL, {})
+    assert max(distance(call.output, calls[0].output) for call in calls) < 1e-5
+
+
+def test_each_token_has_its_own_probe_features(model: tuple[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change of the latent in one place changes the same tokens of the stream and of the probe."""
+    name, patcher = model
+    seen: list[tuple[Tensor, Tensor]] = []
+    record = Engine.record
+
+    def noted(self: Any, call: Any, before: Tensor, after: Tensor, probe: Tensor, *rest: Any) -> None:
+        seen.append((before.clone(), probe.clone()))
+        record(self, call, before, after, probe, *rest)
+
+    monkeypatch.setattr(Engine, "record", noted)
+    accelerated = accelerate(patcher, TAPConfig(full_steps=3, hindsight=0))
+    x = noise(1, *MODELS[name].latent, seed=3)
+    changed = x.clone()
+    changed.flatten(2)[..., 0] += 1
+    for latent in (x, changed):
+        sample_from(accelerated, name, latent, steps=4)
+    (before, probe), (other_before, other_probe) = seen[0], seen[len(seen) // 2]
+    in_stream, in_probe = ((a - b).norm(dim=-1) > 1e-6 for a, b in ((before, other_before), (probe, other_probe)))
+    assert in_stream.any()
+    assert torch.equal(in_stream, in_probe)
 
 
 def test_runs_have_the_full_steps_asked_for_repeat_and_leave_no_trace(model: tuple[str, Any]) -> None:

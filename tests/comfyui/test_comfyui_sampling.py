@@ -16,6 +16,7 @@ import nodes
 import torch
 from comfy import controlnet, model_management, ops, samplers, sd
 from comfy.ldm.flux.controlnet import ControlNetFlux
+from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
@@ -24,7 +25,7 @@ from runs import STEPS, distance, sample, sample_with, watched
 from tiny_comfy import CPU, MODELS, build, fill, noise
 from torch import Tensor
 
-from tap_diffusion import TAPConfig
+from tap_diffusion import TAPConfig, UnsupportedModelError
 from tap_diffusion.core.engine import UNEXPLAINED
 from tap_diffusion.integrations.comfyui import accelerate, report
 from tap_diffusion.integrations.comfyui import wrappers as comfy
@@ -118,6 +119,18 @@ def test_samplers_have_the_full_steps_asked_for(name: str, sampler: str) -> None
     assert 2 * (STEPS - 2) * several < len(found.calls) <= 2 * STEPS * several
 
 
+def test_a_run_of_which_no_step_may_be_predicted_says_so(flux: Any, caplog: pytest.LogCaptureFixture) -> None:
+    result = sample(accelerate(flux, TAPConfig(full_steps=tuple(range(STEPS)))), "Flux")
+    assert torch.equal(result, sample(flux, "Flux"))
+    assert "predicted no step" in warned(caplog)[0]
+
+
+def test_each_evaluation_of_a_step_has_a_history_of_its_own(flux: Any) -> None:
+    accelerated = accelerate(flux, CONFIG)
+    sample(accelerated, "Flux", "heun")
+    assert {choice.branch for choice in found_in(accelerated).choices} == {"cond", "cond 2", "uncond", "uncond 2"}
+
+
 def test_sigmas_that_do_not_fall_are_left_alone(flux: Any, caplog: pytest.LogCaptureFixture) -> None:
     up = torch.tensor([0.5, 0.9, 0.3, 0.0])
     result = sample_with(accelerate(flux, CONFIG), "Flux", "euler", up)
@@ -184,6 +197,24 @@ def test_a_mask_keeps_what_it_covers(flux: Any) -> None:
     assert found_in(accelerated).full_steps == FULL
     assert torch.allclose(result[..., :4], plain[..., :4], atol=1e-5)
     assert 0 < distance(result, plain) < 0.3
+
+
+@pytest.mark.parametrize("name", ["Flux", "WAN21_T2V", "SD3"])
+@pytest.mark.parametrize(
+    ("dtype", "computed_in"),
+    [(torch.bfloat16, None), (torch.float16, None), (torch.float8_e4m3fn, torch.bfloat16)],
+    ids=["bfloat16", "float16", "float8 weights"],
+)
+def test_half_precision(name: str, dtype: torch.dtype, computed_in: torch.dtype | None) -> None:
+    patcher = build(name, dtype=dtype, computed_in=computed_in)
+    plain = sample(patcher, name)
+    assert torch.equal(sample(accelerate(patcher, WHOLE), name), plain)
+    accelerated = accelerate(patcher, CONFIG)
+    with watched(patcher, standing_still=True) as calls:
+        sample(accelerated, name)
+    assert (found_in(accelerated).full_steps, found_in(accelerated).fallbacks) == (FULL, {})
+    assert calls[0].output.dtype == (computed_in or dtype)
+    assert max(distance(call.output, calls[0].output) for call in calls) < 0.02
 
 
 # ----------------------------------------------------------------------------------------------------------- conditions
@@ -253,7 +284,11 @@ def test_windows_of_frames(wan: Any, schedule: str, caplog: pytest.LogCaptureFix
     assert 0 < distance(result, plain) < 0.5
     if schedule == "standard_static":
         assert (found.full_steps, found.fallbacks) == (FULL, {})
-    else:  # no window has a past
+    else:  # no window has a past, and none is kept for long
+        (static,) = WanContextWindowsManualNode.execute(wan, 13, 5, "standard_static", 1, True, "pyramid").result
+        static = accelerate(static, CONFIG)
+        sample(static, "WAN21_T2V", **kind)
+        assert found.cache_bytes < 1.5 * found_in(static).cache_bytes
         assert warned(caplog) == ["TAP ran 12 of 12 steps in full where 5 were planned: the branch has only just begun"]
 
 
@@ -388,6 +423,25 @@ def test_skip_layer_guidance(before: bool) -> None:
     assert 0 < distance(result, plain) < 0.5
 
 
+def test_a_patch_in_place_of_a_block(flux: Any) -> None:
+    def weaker(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+        before = args["img"].clone()  # the block may write into it
+        out = dict(extra["original_block"](args))
+        return out | {"img": before + 0.5 * (out["img"] - before)}
+
+    patched = flux.clone()
+    patched.set_model_patch_replace(weaker, "dit", "double_block", 2)
+    patched.set_model_patch_replace(weaker, "dit", "single_block", 1)
+    plain = sample(patched, "Flux")
+    assert distance(plain, sample(flux, "Flux")) > 0.05
+    assert torch.equal(sample(accelerate(patched, WHOLE), "Flux"), plain)
+    accelerated = accelerate(patched, CONFIG)
+    with watched(flux, standing_still=True) as calls:
+        sample(accelerated, "Flux")
+    assert (found_in(accelerated).full_steps, found_in(accelerated).fallbacks) == (FULL, {})
+    assert max(distance(call.output, calls[0].output) for call in calls) < 1e-5
+
+
 def test_lora_before_and_behind_give_the_same(flux: Any) -> None:
     place = "diffusion_model.single_blocks.1.linear2"
     rows, columns = flux.model.get_submodule(place).weight.shape
@@ -426,18 +480,58 @@ def test_batches_that_an_extension_divides_in_its_own_way(flux: Any) -> None:
     assert (found_in(accelerated).full_steps, found_in(accelerated).fallbacks) == (FULL, {})
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["before", "behind"])
-def test_torch_compile_of_the_model(flux: Any, before: bool) -> None:
+WHOLE_MODEL, BLOCKS = ["diffusion_model"], [f"diffusion_model.single_blocks.{i}" for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("before", "keys"),
+    [
+        pytest.param(True, WHOLE_MODEL, id="model, before"),
+        pytest.param(False, WHOLE_MODEL, id="model, behind"),
+        pytest.param(True, BLOCKS, id="blocks, before"),
+        pytest.param(
+            False, BLOCKS, id="blocks, behind",
+            marks=pytest.mark.xfail(strict=True, raises=AttributeError, reason="predicted steps lack numbered blocks"),
+        ),
+    ],
+)  # fmt: skip
+def test_torch_compile(flux: Any, before: bool, keys: list[str]) -> None:
     torch.compiler.reset()
     expected = sample(accelerate(flux, CONFIG), "Flux")
 
     def compiled(model: Any) -> Any:
         model = model.clone()
-        set_torch_compile_wrapper(model, backend="eager")
+        set_torch_compile_wrapper(model, backend="eager", keys=keys)
         return model
 
     model = accelerate(compiled(flux), CONFIG) if before else compiled(accelerate(flux, CONFIG))
     assert distance(sample(model, "Flux"), expected) < 1e-3
+
+
+def test_models_that_are_not_as_they_should_be_are_refused() -> None:
+    patcher = build("Flux")
+    del patcher.model.diffusion_model.get_submodule("double_blocks.0.img_attn")._modules["qkv"]
+    with pytest.raises(UnsupportedModelError, match=r"not built as TAP knows it: .*qkv"):
+        accelerate(patcher)
+    patcher = build("Flux")
+    del patcher.model.diffusion_model.double_blocks[:]
+    with pytest.raises(UnsupportedModelError, match="no double_blocks"):
+        accelerate(patcher)
+
+
+def test_a_class_that_is_not_known_is_refused(flux: Any) -> None:
+    class Other(type(flux.model.diffusion_model)):  # type: ignore[misc]
+        pass
+
+    flux.model.diffusion_model.__class__ = Other
+    with pytest.raises(UnsupportedModelError, match=r"Other; of ComfyUI's it knows .*Flux, .*WanModel"):
+        accelerate(flux)
+
+
+def test_an_old_comfyui_is_refused(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(WrappersMP, "PREDICT_NOISE")
+    with pytest.raises(RuntimeError, match="too old"):
+        accelerate(flux)
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "behind"])
@@ -469,3 +563,9 @@ def test_hindsight_is_for_steps_of_euler_with_fresh_noise_or_without(
     for sampler in ("euler", "dpmpp_2m", "euler_ancestral", "heun"):
         sample(accelerated, "Flux", sampler)
     assert [found.prediction for found in asked] == ["flow", None, "flow", None]
+    sigmas = samplers.calculate_sigmas(flux.get_model_object("model_sampling"), "simple", STEPS)[:-1].double()
+    assert asked[0].noise == pytest.approx((sigmas / (1 - sigmas)).tolist(), rel=1e-4)
+    asked.clear()
+    sample_with(accelerated, "Flux", samplers.ksampler("euler", {"s_churn": 0.5}), torch.linspace(1, 0, STEPS + 1))
+    sample(accelerate(build("PixArtAlpha"), CONFIG), "PixArtAlpha")  # predicts noise
+    assert [found.prediction for found in asked if found is not None][1:] == [None]

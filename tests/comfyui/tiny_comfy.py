@@ -51,12 +51,17 @@ class Tiny:
         return [[noise(1, tokens or count, width, seed=seed), self.rest(seed)]]
 
 
-def build(name: str, seed: int = 0) -> Any:
-    """A model patcher of :data:`MODELS`, with random weights."""
+def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, computed_in: torch.dtype | None = None) -> Any:
+    """A model patcher of :data:`MODELS`, with random weights.
+
+    Args:
+        dtype: of the weights.
+        computed_in: dtype in which the model runs, where it is another: ComfyUI casts weights as they are used.
+    """
     tiny = MODELS[name]
     settings = dict(tiny.settings)
     config = getattr(supported_models, tiny.name or name)(settings)
-    config.set_inference_dtype(torch.float32, None)
+    config.set_inference_dtype(dtype, computed_in)
     model = config.get_model(_seconds() if name == "StableAudio" else {}, "")
     if name == "WAN22_Animate":
         model.diffusion_model.motion_encoder = _Motion()

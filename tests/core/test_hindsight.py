@@ -179,3 +179,13 @@ def test_compiled(pipe: Any) -> None:
         assert 0 < after_one < 16
         sample(pipe, steps=STEPS, seed=1)
         assert graphs["unique_graphs"] == after_one
+
+
+def test_hindsight_moves_each_condition_by_its_own_share() -> None:
+    output, other = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    predicted = output + 0.05 * other  # near enough that nothing is held back
+    share = torch.tensor([[0.5], [0.5], [-2.0], [-2.0]])
+    assert torch.allclose(_moved(output, predicted, [0.5, -2.0]), output + share * (output - predicted))
+    assert torch.allclose(_moved(output, predicted, [0.5]), output + 0.5 * (output - predicted))
+    predicted[3, 1] = torch.inf
+    assert _moved(output, predicted, [0.5, -2.0])[3, 1] == output[3, 1]

@@ -27,11 +27,12 @@ from test_engine import Driver, call, features
 from torch import Tensor
 from typer.testing import CliRunner
 
+from tap_bench import kernels as benchmark
 from tap_diffusion import TAPConfig, TAPWarning
 from tap_diffusion.core import kernels
 from tap_diffusion.core.config import Granularity, Loss
 from tap_diffusion.core.engine import Engine
-from tap_diffusion.core.kernels import Prediction, benchmark, eager
+from tap_diffusion.core.kernels import Prediction, eager
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # the interpreter's, of NumPy
 
