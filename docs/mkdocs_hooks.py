@@ -41,8 +41,8 @@ RESULTS = """# Results of the bench
 Made from `docs/bench/*/results.json`, which [`tap bench`](bench.md) wrote, by `python docs/mkdocs_hooks.py`. PSNR in dB
 to the full model's result with the same seed, each method on the schedule or with the threshold that suited it best on
 calibration samples; in bold the best. What the names stand for: [methods](methods.md). The reports also have TAP's
-other variants, intervals, times, memory, pictures, and what was tried in tuning; they are one HTML file each, to be
-downloaded and opened.
+other variants, intervals, times, memory, pictures, and what was tried in tuning; `make docs` makes them, one HTML file
+each.
 
 """
 

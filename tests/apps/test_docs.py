@@ -177,6 +177,8 @@ def test_links_lead_to_files(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not re.match(r"[a-z]+:", target):
             file = (page.parent / target.partition("#")[0]).resolve() if target[0] != "#" else page
+            if file.name == "report.html":  # the documentation's build makes it of this
+                file = file.with_name("results.json")
             assert file.exists(), target
 
 

@@ -452,8 +452,8 @@ def test_gpu_script_tests_and_times_the_kernels(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.chdir(tmp_path)
     failing = ""
     assert gpu.kernels() == {"rows": []}  # not in a checkout
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_kernels.py").touch()
+    (tmp_path / "tests" / "core").mkdir(parents=True)
+    (tmp_path / "tests" / "core" / "test_kernels.py").touch()
     assert gpu.kernels() == {"tests": "60 passed in 9s", "rows": []}
     assert commands == ["tap_bench.kernels", "pytest", "tap_bench.kernels"]
     failing = "pytest"

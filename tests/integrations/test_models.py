@@ -36,7 +36,7 @@ class TestCatalog:
         assert all(entry["note"] for entry in entries if entry["status"] == "refused")
 
     def test_the_table_shows_notes_and_reasons(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cli, "console", Console(width=400))
+        monkeypatch.setattr(cli.models, "console", Console(width=400))
         result = CliRunner().invoke(app, ["models"])
         assert result.exit_code == 0
         for text in (SPECS["PriorTransformer"].note, REFUSED["UVit2DModel"], "Sana and 4 more"):
