@@ -79,7 +79,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
     """Fill in what a page includes, and turn links out of the documentation into links to pages."""
     if not page.file.generated_by:
-        markdown = relinked(filled(markdown), ROOT / "docs", page.file.src_uri)
+        markdown = relinked(filled(markdown), (ROOT / "docs" / page.file.src_uri).parent, page.file.src_uri)
     return spaced(markdown)
 
 
@@ -106,7 +106,7 @@ def on_post_page(output: str, *, page: Page, **_: Any) -> None:
 
 def markdown_files() -> list[Path]:
     """What documentation there is, apart from packages' own."""
-    return sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+    return sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 def filled(markdown: str) -> str:

@@ -44,6 +44,12 @@ def test_nothing_heavy_is_imported(what: str) -> None:
     assert [name for name in HEAVY if any(f"{module}.".startswith(f"{name}.") for module in found)] == []
 
 
+def test_the_command_s_help_needs_no_torch() -> None:
+    found = run("import sys; from tap_diffusion.apps.cli import app; print(*sys.modules)").split()
+    assert "typer" in found
+    assert [name for name in ("torch", "diffusers", "transformers", "matplotlib") if name in found] == []
+
+
 COMPILED = """
 import sys, warnings
 import torch
