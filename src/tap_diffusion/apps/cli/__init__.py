@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from importlib.metadata import entry_points
 
 import typer
@@ -30,8 +30,13 @@ def main() -> None:
     """Token-Adaptive Predictor: training-free acceleration of diffusion transformers."""
 
 
-def _missing(name: str) -> None:
-    raise options.failed(UsageError(f"tap {name} is in a package of its own: pip install 'tap-diffusion[bench]'"))
+def _missing(name: str) -> Callable[[], None]:
+    """A command in the place of one that is not installed."""
+
+    def missing() -> None:
+        raise options.failed(UsageError(f"tap {name} is in a package of its own: pip install 'tap-diffusion[bench]'"))
+
+    return missing
 
 
 app.command()(generate.generate)
@@ -44,6 +49,6 @@ for _name in dict.fromkeys([*BENCH, *_added]):
             _name,
             help=f"{BENCH[_name]} Not installed: pip install 'tap-diffusion[bench]'",
             context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-        )(partial(_missing, _name))
+        )(_missing(_name))
 app.command()(ui.ui)
 app.command()(models.models)
