@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from comfy import supported_models
 from runs import STEPS, distance, full_passes, sample, sample_from, watched
 from tiny_comfy import MODELS, build, noise
-from torch import Tensor
+from torch import Tensor, nn
 
 from tap_diffusion import TAPConfig, UnsupportedModelError
 from tap_diffusion.core.engine import Engine
@@ -30,6 +31,16 @@ OTHERS = {
     "SDXLRefiner", "SDXL_instructpix2pix", "SD_X4Upscaler", "SSD1B", "SV3D_p", "SV3D_u", "SVD_img2vid",
     "Segmind_Vega", "Stable_Cascade_B", "Stable_Cascade_C", "Stable_Zero123",
 }  # fmt: skip
+
+# Lists of modules that run on predicted steps, too: of text and time, and what is before the blocks and behind them.
+SHALLOW = {
+    "caption_projection", "context_refiner", "distilled_guidance_layer.layers", "distilled_guidance_layer.norms",
+    "nerf_blocks", "noise_refiner", "ref_image_refiner", "txt_in.individual_token_refiner.blocks",
+}  # fmt: skip
+# And what does not run at all there, since only blocks that are left out read it.
+DEEP = (
+    "audio_injector.", "casual_audio_encoder.", "face_adapter.", "face_encoder.", "motion_encoder.", "vace_blocks.",
+)  # fmt: skip
 
 FULL = 5
 LEFT_OUT = 0.75  # of a full step's modules, a predicted one runs fewer
@@ -98,7 +109,7 @@ def test_at_a_standstill_a_predicted_step_gives_what_a_full_one_does(model: tupl
     name, patcher = model
     accelerated = accelerate(patcher, TAPConfig(full_steps=FULL, probe=probe))
     with watched(patcher, standing_still=True) as calls:
-        sample(accelerated, name, batch=1 if name == "WAN21_Vace" else 2)  # whose nodes make conditions of one size
+        sample(accelerated, name, batch=1 if "Vace" in name else 2)  # whose nodes make conditions of one size
     found = report(accelerated)
     assert found is not None
     assert (found.full_steps, found.predicted_steps, found.fallbacks) == (FULL, STEPS - FULL, {})
@@ -113,10 +124,20 @@ def test_at_a_standstill_a_predicted_step_gives_what_a_full_one_does(model: tupl
         if module.startswith(tuple(f"{place}." for place in places)) and not module.startswith(first)
     }
     assert depth
+    fewest = min((call.modules for call in calls), key=len)
+    assert _lists_that_ran(patcher, {module for module in fewest if not module.startswith(first)}) <= SHALLOW
+    assert not [module for module in fewest if module.startswith(DEEP)]
     # A full step may be predicted as well, for hindsight.
     ran = [bool(call.modules & depth) for call in calls]
     assert (ran.count(True), ran.count(False)) == (FULL, len(calls) - FULL)
     assert len(calls) >= STEPS
+
+
+def _lists_that_ran(patcher: Any, ran: set[str]) -> set[str]:
+    """Lists of modules of which others than the first ran."""
+    lists = [name for name, part in patcher.model.diffusion_model.named_modules() if isinstance(part, nn.ModuleList)]
+    beyond = {name: re.compile(rf"{re.escape(name)}\.[1-9]") for name in lists}
+    return {name for name in lists if any(beyond[name].match(module) for module in ran)}
 
 
 def test_a_part_that_is_given(model: tuple[str, Any]) -> None:

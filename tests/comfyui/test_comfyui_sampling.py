@@ -15,7 +15,9 @@ import real  # noqa: F401 - finds ComfyUI
 import nodes
 import torch
 from comfy import controlnet, model_management, ops, samplers, sd
+from comfy.cldm.mmdit import ControlNet as ControlNetSD3
 from comfy.ldm.flux.controlnet import ControlNetFlux
+from comfy.ldm.qwen_image.controlnet import QwenImageControlNetModel
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
@@ -199,6 +201,21 @@ def test_a_mask_keeps_what_it_covers(flux: Any) -> None:
     assert 0 < distance(result, plain) < 0.3
 
 
+def test_a_frame_that_is_given_to_a_model_for_one_sample_at_a_time() -> None:
+    """HunyuanVideo's image to video in its second form has a time of its own for the first frame's tokens."""
+    name = "HunyuanVideoI2V"
+    patcher = build(name)
+    ((features, rest),) = MODELS[name].condition(1)
+    kind: Any = {"positive": [[features, rest | {"guiding_frame_index": 0}]], "cfg": 1.0}
+    plain = sample(patcher, name, **kind)
+    assert torch.equal(sample(accelerate(patcher, WHOLE), name, **kind), plain)
+    accelerated = accelerate(patcher, CONFIG)
+    with watched(patcher, standing_still=True) as calls:
+        sample(accelerated, name, **kind)
+    assert (found_in(accelerated).full_steps, found_in(accelerated).fallbacks) == (FULL, {})
+    assert max(distance(call.output, calls[0].output) for call in calls) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["Flux", "WAN21_T2V", "SD3"])
 @pytest.mark.parametrize(
     ("dtype", "computed_in"),
@@ -371,38 +388,49 @@ def test_a_guider_that_tells_no_evaluations_runs_plain_and_says_so(
 # --------------------------------------------------------------------------------------------- other nodes on the model
 
 
-def control(latent: tuple[int, ...]) -> Any:
-    """A ControlNet of Flux with two double blocks and a single one, in XLabs' form, which sees pixels."""
-    settings = MODELS["Flux"].settings | {"depth": 2, "depth_single_blocks": 1}
-    model = ControlNetFlux(operations=ops.disable_weight_init, device=CPU, dtype=torch.float32, **settings)
-    model.main_model_double, model.main_model_single = 3, 3
+def control_net(name: str) -> tuple[Any, Tensor]:
+    """A ControlNet of few blocks, and what it is to see: pixels for Flux (XLabs' form), else a latent."""
+    settings: dict[str, Any] = {"operations": ops.disable_weight_init, "device": CPU, "dtype": torch.float32}
+    settings |= MODELS[name].settings
+    if name == "Flux":
+        model = ControlNetFlux(**settings | {"depth": 2, "depth_single_blocks": 1})
+        model.main_model_double, model.main_model_single = 3, 3
+        image = noise(1, 64, 64, 3, seed=9).sigmoid()
+    else:
+        model = QwenImageControlNetModel(**settings) if name == "QwenImage" else ControlNetSD3(**settings)
+        image = noise(1, 8, 8, 16, seed=9) if name == "SD3" else noise(1, 1, 8, 8, 16, seed=9)
     fill(model, 7)
-    return controlnet.ControlNet(model, load_device=CPU, extra_conds=["y", "guidance"])
+    extra = ["y", "guidance"] if name == "Flux" else ["y"] if name == "SD3" else []
+    ratio = 8 if name == "Flux" else 1
+    return controlnet.ControlNet(model, load_device=CPU, extra_conds=extra, compression_ratio=ratio), image
 
 
+@pytest.mark.parametrize("name", ["Flux", "QwenImage", "SD3"])
 @pytest.mark.parametrize("part", [(0.0, 1.0), (0.0, 0.6)], ids=["all", "at first"])
-def test_controlnet_between_blocks_reaches_the_output_once(flux: Any, part: tuple[float, float]) -> None:
-    tiny, image = MODELS["Flux"], noise(1, 64, 64, 3, seed=9).sigmoid()
+def test_controlnet_between_blocks_reaches_the_output_once(name: str, part: tuple[float, float]) -> None:
+    patcher, tiny, (net, image) = build(name), MODELS[name], control_net(name)
     positive, negative = nodes.ControlNetApplyAdvanced().apply_controlnet(
-        tiny.condition(1), tiny.condition(2), control(tiny.latent), image, 0.5, *part
+        tiny.condition(1), tiny.condition(2), net, image, 0.5, *part
     )
     kind: Any = {"positive": positive, "negative": negative}
-    plain = sample(flux, "Flux", **kind)
-    assert distance(sample(flux, "Flux"), plain) > 0.1
-    assert torch.equal(sample(accelerate(flux, WHOLE), "Flux", **kind), plain)
-    accelerated = accelerate(flux, CONFIG)
-    result = sample(accelerated, "Flux", **kind)
+    plain = sample(patcher, name, **kind)
+    assert distance(sample(patcher, name), plain) > 0.1
+    assert torch.equal(sample(accelerate(patcher, WHOLE), name, **kind), plain)
+    accelerated = accelerate(patcher, CONFIG)
+    result = sample(accelerated, name, **kind)
     assert found_in(accelerated).full_steps == FULL
     assert 0 < distance(result, plain) < 0.5
-    if part == (0.0, 1.0):
-        with watched(flux, standing_still=True) as calls:
-            sample(accelerated, "Flux", **kind)
-        still = [call.output for call in calls if _same_control(call, calls[0])]
-        assert len(still) == len(calls)
-
-
-def _same_control(call: Any, first: Any) -> bool:
-    return set(call.kwargs["control"]) == set(first.kwargs["control"])
+    # Standing still, with what the ControlNet gave at first.
+    with watched(patcher) as calls:
+        sample(patcher, name, **kind)
+    first = calls[0].kwargs["control"]
+    keep = patcher.model.diffusion_model.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, kwargs | {"control": first}), with_kwargs=True
+    )
+    with watched(patcher, standing_still=True) as calls:
+        sample(accelerated, name, **kind)
+    keep.remove()
+    assert max(distance(call.output, calls[0].output) for call in calls) < 1e-5
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "behind"])

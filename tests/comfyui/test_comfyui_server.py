@@ -118,6 +118,14 @@ def lines(server: Server) -> list[str]:
     return re.findall(r"TAP: \d+ of \d+ steps full, [\d.]+x faster, cache [\d.]+ MB", server.log)
 
 
+def test_the_node_tells_its_bounds(server: Server) -> None:
+    found = server.get("/object_info/TAPAccelerate")["TAPAccelerate"]["input"]["required"]
+    bounds = {name: (given[1]["min"], given[1]["max"]) for name, given in found.items() if "min" in given[1]}
+    part = (0.0, 1.0)
+    assert bounds == {"speedup": (1.0, 20.0), "full_steps": (0, 1000), "start_percent": part, "end_percent": part}
+    assert {name: given[1]["default"] for name, given in found.items() if "default" in given[1]} == DEFAULTS
+
+
 @pytest.mark.parametrize("kind", SHORT)
 def test_branches_of_a_graph_with_tap_and_without(server: Server, kind: str) -> None:
     before = len(lines(server))

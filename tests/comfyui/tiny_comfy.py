@@ -63,7 +63,7 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, computed
     config = getattr(supported_models, tiny.name or name)(settings)
     config.set_inference_dtype(dtype, computed_in)
     model = config.get_model(_seconds() if name == "StableAudio" else {}, "")
-    if name == "WAN22_Animate":
+    if (tiny.name or name) == "WAN22_Animate":
         model.diffusion_model.motion_encoder = _Motion()
     if name == "ACEStep":  # whose encoder of lyrics has one size
         del model.diffusion_model.lyric_encoder.encoders[1:]
@@ -359,4 +359,33 @@ MODELS: dict[str, Tiny] = {
          "depth": 5, "num_heads": 2},
         (64, 24), (5, 768),
     ),
+}  # fmt: skip
+
+
+def _variant(name: str, **more: Callable[[int], Any]) -> Tiny:
+    """The same model, of which the conditions have more; those that give None have it not."""
+    known = MODELS[name]
+
+    def rest(seed: int) -> dict[str, Any]:
+        found = known.rest(seed) | {key: make(seed) for key, make in more.items()}
+        return {key: value for key, value in found.items() if value is not None}
+
+    return Tiny(known.settings, known.latent, known.text, rest, name)
+
+
+def _nothing(_: int) -> None:
+    return None
+
+
+MODELS |= {
+    "LTXV, keyframes": _variant("LTXV", keyframe_idxs=lambda _: torch.arange(48).reshape(1, 3, 16)),
+    "HiDream, picture": _variant("HiDream", concat_latent_image=same(1, 16, 8, 8)),
+    "Omnigen2, no references": _variant("Omnigen2", reference_latents=_nothing),
+    "WAN21_T2V, more frames": _variant("WAN21_T2V", time_dim_concat=same(1, 16, 1, 8, 8)),
+    "WAN21_Vace, twice": _variant(
+        "WAN21_Vace", vace_frames=lambda _: [noise(1, 32, 3, 8, 8, seed=seed) for seed in (50, 52)],
+        vace_mask=lambda _: [noise(1, 64, 3, 8, 8, seed=seed) for seed in (53, 54)], vace_strength=lambda _: [1.0, 0.5],
+    ),
+    "WAN22_S2V, motion": _variant("WAN22_S2V", reference_motion=same(1, 16, 19, 8, 8)),
+    "WAN22_Animate, no face": _variant("WAN22_Animate", face_video_pixels=_nothing),
 }  # fmt: skip
