@@ -92,17 +92,7 @@ def test_comfyui_gives_what_diffusers_gives(pipe: Any, flux: Any) -> None:
 
 @pytest.mark.parametrize(
     "sampler",
-    [
-        "euler_ancestral",
-        "dpmpp_2s_ancestral",
-        "dpmpp_sde",
-        "dpmpp_2m_sde",
-        "er_sde",
-        "lcm",
-        "ddpm",
-        "seeds_2",
-        "sa_solver",
-    ],
+    ["euler_ancestral", "dpmpp_2m_sde", "lcm"],
 )
 def test_with_fresh_noise_nothing_is_worse_than_reuse(pipe: Any, flux: Any, sampler: str) -> None:
     x = noise(2, 8, 16, 16, seed=11)
@@ -115,7 +105,7 @@ def test_with_fresh_noise_nothing_is_worse_than_reuse(pipe: Any, flux: Any, samp
     assert 0 < errors[0] <= 1.01 * errors[1]
 
 
-@pytest.mark.parametrize("sampler", ["euler", "ddim", "heun", "dpmpp_2m", "res_multistep", "uni_pc", "lms", "deis"])
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
 def test_without_fresh_noise_choosing_beats_reuse(pipe: Any, flux: Any, sampler: str) -> None:
     x = noise(2, 8, 16, 16, seed=11)
     plain = by_comfyui(pipe, flux, x, sampler)

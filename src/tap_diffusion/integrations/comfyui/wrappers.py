@@ -166,6 +166,12 @@ class _Accelerator:
 
     def call(self, executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Around each call of the model."""
+        behind = executor.wrappers[executor.idx + 1 :]
+        if behind:  # others first: what they put into the model (compiled blocks) is to meet it as it is
+            inner = [*executor.wrappers[: executor.idx], *behind, self.call]
+            return type(executor)(executor.original, executor.class_obj, inner, executor.idx).execute(
+                x, *args, **kwargs
+            )
         options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[4]
         run = options.get(KEY)
         if run is None or not run.has_begun:  # not within a sampling run, or by a guider that tells no evaluations
