@@ -50,6 +50,21 @@ def test_the_command_s_help_needs_no_torch() -> None:
     assert [name for name in ("torch", "diffusers", "transformers", "matplotlib") if name in found] == []
 
 
+WITHOUT_DIFFUSERS = """
+import sys
+for name in ("accelerate", "diffusers", "transformers", "rich", "typer", "tap_diffusion_demo"):
+    sys.modules[name] = None  # an import of it fails
+import pytest
+options = ["-q", "-n0", "-p", "no:cacheprovider"]
+sys.exit(pytest.main([*options, "--collect-only", "tests/core"]) or pytest.main([*options, "tests/core/test_engine.py"]))
+"""
+
+
+@pytest.mark.slow
+def test_the_core_s_tests_do_without_diffusers() -> None:
+    assert " passed" in run(WITHOUT_DIFFUSERS)
+
+
 COMPILED = """
 import sys, warnings
 import torch
