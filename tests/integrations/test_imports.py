@@ -56,7 +56,8 @@ for name in ("accelerate", "diffusers", "transformers", "rich", "typer", "tap_di
     sys.modules[name] = None  # an import of it fails
 import pytest
 options = ["-q", "-n0", "-p", "no:cacheprovider"]
-sys.exit(pytest.main([*options, "--collect-only", "tests/core"]) or pytest.main([*options, "tests/core/test_engine.py"]))
+collected = pytest.main([*options, "--collect-only", "tests/core"])
+sys.exit(collected or pytest.main([*options, "tests/core/test_engine.py"]))
 """
 
 
