@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # TAP's kernels run on the CPU; must be said before triton is imported
 
 from tap_diffusion.core import engine
+
+with contextlib.suppress(ModuleNotFoundError):  # beside ComfyUI
+    from hypothesis import settings
+
+    settings.register_profile("unhurried", deadline=None)  # time says nothing of what is right, on busy machines least
+    settings.load_profile("unhurried")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores, and the models are tiny
