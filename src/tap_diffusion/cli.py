@@ -72,14 +72,21 @@ def _option(panel: str, *names: str, help: str, default: str | bool = True, **mo
 # Options that commands share.
 _WHERE = "cuda where there is one"
 ModelOption = Annotated[
-    str, _option("Model", "--model", "-m", help="emoji, fashion, sprites (embedded), a pipeline's folder, or a hub id.")
+    str,
+    _option(
+        "Model", "--model", "-m", help="emoji, fashion, sprites, scenes (embedded), a pipeline's folder, or a hub id."
+    ),
 ]
 ModelDTypeOption = Annotated[DType, _option("Model", help="auto: bfloat16 on a GPU, float32 on a CPU.")]
 ModelDeviceOption = Annotated[str | None, _option("Model", help="cpu, cuda, cuda:1, …", default=_WHERE)]
 BenchModelOption = Annotated[
     str | None,
     _option(
-        "What", "--model", "-m", help="emoji, fashion, sprites, a pipeline's folder, or a hub id.", default="emoji"
+        "What",
+        "--model",
+        "-m",
+        help="emoji, fashion, sprites, scenes, a pipeline's folder, or a hub id.",
+        default="emoji",
     ),
 ]
 BenchPromptsOption = Annotated[
@@ -113,7 +120,8 @@ def generate(
     steps: Annotated[int, _option("Sampling", help="Denoising steps.", min=1)] = 50,
     seed: Annotated[int, _option("Sampling", help="Seed of the first picture; the next take the next.", min=0)] = 0,
     guidance: Annotated[
-        float | None, _option("Sampling", help="Guidance scale.", default="the pipeline's; 2 for emoji", min=0)
+        float | None,
+        _option("Sampling", help="Guidance scale.", default="the pipeline's; 2 for emoji, 3 for scenes", min=0),
     ] = None,
     height: Annotated[int | None, _option("Sampling", help="In pixels.", default="the model's own", min=1)] = None,
     width: Annotated[int | None, _option("Sampling", help="In pixels.", default="the model's own", min=1)] = None,
@@ -483,7 +491,7 @@ def profile(
     ] = None,
     model: Annotated[
         str | None,
-        _option("What", "--model", "-m", help="Or emoji, fashion, sprites, a pipeline's folder, or a hub id."),
+        _option("What", "--model", "-m", help="Or emoji, fashion, sprites, scenes, a pipeline's folder, or a hub id."),
     ] = None,
     blocks: Annotated[
         int | None, _option("What", help="Of each kind at most, at true width.", default="all", min=1)

@@ -35,6 +35,7 @@ EMBEDDED: Mapping[str, tuple[Path, type[DiffusionPipeline]]] = {
     "emoji": (EMOJI, FluxPipeline),
     "fashion": (WEIGHTS / "fashion", PixelDiTPipeline),
     "sprites": (WEIGHTS / "sprites", PixelWanPipeline),
+    "scenes": (WEIGHTS / "scenes", FluxPipeline),
 }
 
 
@@ -42,7 +43,7 @@ def load_pipeline(model: str, dtype: torch.dtype, device: str, offload: bool = F
     """Load a pipeline with diffusers' own loading code.
 
     Args:
-        model: ``emoji`` (the embedded model), ``fashion`` or ``sprites`` (the bench's), a folder with a
+        model: ``emoji`` (the embedded model), ``fashion``, ``sprites`` or ``scenes`` (the bench's), a folder with a
             ``model_index.json``, or a hub id ``owner/name``.
         offload: keep the parts in host memory while they are not needed.
 
@@ -85,8 +86,8 @@ def prompt_for(model: str, prompt: str) -> str:
 
 
 def guidance_for(model: str, guidance: float | None) -> float | None:
-    """The guidance scale asked for; where none was, 2 for the embedded model, and None for a pipeline's own."""
-    return 2.0 if guidance is None and model == "emoji" else guidance
+    """The guidance scale asked for; where none was, the embedded models', and None for a pipeline's own."""
+    return {"emoji": 2.0, "scenes": 3.0}.get(model) if guidance is None else guidance
 
 
 def _is_connection_error(error: BaseException) -> bool:
