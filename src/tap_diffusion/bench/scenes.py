@@ -4,10 +4,15 @@
     python -m tap_diffusion.bench.scenes train --work out/scenes
     python -m tap_diffusion.bench.scenes export --work out/scenes --to DIR
 
-Flow matching on the latents of the demo's autoencoder: 256 image tokens at 128×128 pixels. A caption such as ``two frog
-faces and a red apple on grass at night`` says what there is and not where, so the model must decide on a layout. The
-scenes are made as they are needed, from Fluent Emoji (see ``tap_diffusion.demo.data``). Training starts from some of
-the blocks of ``emoji``, and sees the same scenes at other numbers of tokens too.
+Flow matching on an autoencoder's latents: 256 image tokens at 128×128 pixels. A caption such as ``two frog faces and a
+red apple on grass at night`` says what there is and not where; some leave out the time of day too, or the ground. So
+the model must decide on a layout. The scenes are made as they are needed, from Fluent Emoji (see
+``tap_diffusion.demo.data``). Training starts from the autoencoder of ``emoji`` and some of its blocks, and sees scenes
+at other numbers of tokens too.
+
+The schedule is FLUX's at 1024×1024 pixels, where 4096 tokens show a picture. With 16 times fewer tokens a layout is
+lost in 4 times less noise, so all of FLUX's shifts are divided by 4: a picture of N tokens gets the shift that FLUX
+gives to one of 16 N, over 4.
 """
 
 from __future__ import annotations
@@ -56,7 +61,8 @@ SIZE = 128  # pixels
 TOKEN = 8  # pixels of an image token's side
 MAX_TOKENS = 20  # of a caption, in both tokenizers
 GUIDANCE = 3.0
-UNIFORM = 0.15  # share of samples whose noise is drawn evenly, so that the first steps are learned too
+FEWER = 16  # times fewer tokens than FLUX's for a picture
+UNIFORM = 0.4  # share of samples whose noise is drawn evenly, so that the first steps are learned too
 SHARES = {8: 0.1, 16: 0.8, 24: 0.1}  # of training steps, by tokens of a picture's side
 DOUBLE, SINGLE = (0,), (0, 1, 3, 5, 7, 9)  # blocks of ``emoji`` that training starts from
 
@@ -83,7 +89,8 @@ WALLS: dict[str, tuple[float, float, float]] = {
     "red": (0.80, 0.22, 0.20), "yellow": (0.95, 0.82, 0.30), "green": (0.30, 0.65, 0.40), "blue": (0.25, 0.42, 0.80),
     "purple": (0.52, 0.32, 0.68), "white": (0.94, 0.94, 0.94), "black": (0.10, 0.10, 0.11),
 }  # fmt: skip
-PLACES = (*(f"on {ground} {sky}" for ground in GROUNDS for sky in SKIES), *(f"on {wall}" for wall in WALLS))
+PLACES = (*(f"on {ground} {sky}" for ground in GROUNDS for sky in SKIES), *(f"on a {wall} wall" for wall in WALLS))
+TOLD = {"place": 0.5, "ground": 0.25, "nothing": 0.25}  # of a scene's place in its caption, and for which share
 _NUMBERS = ("", "a", "two", "three")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -98,11 +105,13 @@ class Scene:
 
     Attributes:
         place: one of ``PLACES``.
+        told: how much of it the caption says, of ``TOLD``.
         objects: index into ``OBJECTS``, x and y of the centre, and side of each, those behind first.
         free: 32 numbers, evenly drawn from 0 to 1, that place the horizon, tint the colours and cast the light.
     """
 
     place: str
+    told: str
     objects: tuple[tuple[int, float, float, float], ...]
     free: tuple[float, ...]
 
@@ -111,7 +120,9 @@ class Scene:
         """What there is, in the order of ``OBJECTS``, and nothing of where it is."""
         kinds = sorted({kind for kind, *_ in self.objects})
         named = [_counted(OBJECTS[kind], sum(kind == other for other, *_ in self.objects)) for kind in kinds]
-        return f"{' and '.join(named)} {self.place}"
+        words = self.place.split()
+        ground = "on a wall" if words[-1] == "wall" else " ".join(words[:2])
+        return " and ".join(named) + {"place": f" {self.place}", "ground": f" {ground}", "nothing": ""}[self.told]
 
 
 def _counted(name: str, count: int) -> str:
@@ -159,7 +170,8 @@ def scene(generator: torch.Generator | None = None, split: Literal["train", "tes
             objects.append((kind, x, y, side))
         free = tuple(torch.rand(32, generator=generator).tolist())
         place = PLACES[below(len(PLACES))]
-        result = Scene(place, tuple(objects), free)
+        told = list(TOLD)[int(torch.multinomial(torch.tensor(list(TOLD.values())), 1, generator=generator))]
+        result = Scene(place, told, tuple(objects), free)
         if held_out(result.caption) == (split == "test"):
             return result
 
@@ -183,13 +195,13 @@ def _ground(shown: Scene, size: int) -> Tensor:
     def tinted(colour: tuple[float, float, float], which: int) -> Tensor:
         return (torch.tensor(colour) + 0.14 * (free[which : which + 3] - 0.5))[:, None, None]
 
-    words = shown.place.split(" ", 2)
-    if len(words) == 2:
-        wall = WALLS[words[1]]
+    words = shown.place.split()
+    if words[-1] == "wall":
+        wall = WALLS[words[2]]
         colours = torch.lerp(tinted(wall, 0), tinted(wall, 3) * 0.8, y.expand(3, -1, -1))
     else:
         near, far = GROUNDS[words[1]]
-        above, below, light = SKIES[words[2]]
+        above, below, light = SKIES[" ".join(words[2:])]
         horizon = 0.2 + 0.55 * free[12] + 0.3 * (free[13] - 0.5) * (x - 0.5)
         horizon = horizon + 0.08 * free[14] * torch.sin(2 * math.pi * (x * (0.5 + free[15]) + free[16]))
         sky = torch.lerp(tinted(above, 0), tinted(below, 3), (y / horizon).clamp(0, 1).expand(3, -1, -1))
@@ -197,7 +209,7 @@ def _ground(shown: Scene, size: int) -> Tensor:
         ground = torch.lerp(tinted(far, 6), tinted(near, 9), depth) * torch.tensor(light)[:, None, None]
         colours = torch.lerp(sky, ground, ((y - horizon) * size + 0.5).clamp(0, 1).expand(3, -1, -1))
     turn = 2 * math.pi * free[17]
-    lit = 0.95 + 0.2 * (free[18] - 0.5) + 0.4 * free[19] * ((x - 0.5) * turn.cos() + (y - 0.5) * turn.sin())
+    lit = 0.95 + 0.5 * (free[18] - 0.5) + 0.4 * free[19] * ((x - 0.5) * turn.cos() + (y - 0.5) * turn.sin())
     return (colours * lit).clamp(0, 1)
 
 
@@ -277,7 +289,13 @@ def build() -> FluxPipeline:
             kept |= {after + n.removeprefix(before): w for n, w in weights.items() if n.startswith(before)}
     transformer.load_state_dict(kept)
     return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True,
+            base_image_seq_len=256 // FEWER,
+            max_image_seq_len=4096 // FEWER,
+            base_shift=0.5 - math.log(FEWER) / 2,
+            max_shift=1.15 - math.log(FEWER) / 2,
+        ),
         vae=old.vae,
         text_encoder=clip,
         tokenizer=clip_tokenizer,
