@@ -193,6 +193,7 @@ def sensitivity(
     model: Model = "scenes",
     steps: StepsOption = 50,
     samples: Annotated[int, typer.Option(min=1, help="Measured samples.")] = 16,
+    stride: Annotated[int, typer.Option(min=1, help="Only one step in so many is predicted.")] = 1,
     batch: Annotated[int, typer.Option(min=1)] = 8,
     weights: Weights = None,
     call: Call = "{}",
@@ -207,7 +208,7 @@ def sensitivity(
     pipe, chosen = _opened(model, weights, call, batch)
     ask = Samples(pipe, chosen, chosen.measured[:samples], 0, steps, fast).psnr
     known: dict[str, list[float]] = kept.setdefault("psnr_db", {})
-    for step in tqdm(range(1, steps), desc="sensitivity"):
+    for step in tqdm(range(1, steps, stride), desc="sensitivity"):
         if str(step) not in known:
             known[str(step)] = ask(tuple(s for s in range(steps) if s != step))
             write_json(out, kept)
