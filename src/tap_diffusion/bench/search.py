@@ -1,12 +1,14 @@
 """Which full steps plain reuse wants on a model: a search on the final picture, and what each step alone is worth.
 
     python -m tap_diffusion.bench.search climb --model scenes --full-steps 9 --out out/climb.json
+    python -m tap_diffusion.bench.search score --model scenes --schedule "0 1 2 3 5 8 13 27 49" --out out/score.json
     python -m tap_diffusion.bench.search sensitivity --model scenes --out out/sensitivity.json
 
 ``climb`` is coordinate ascent (``tap_diffusion.bench.tune.search``) from an even schedule and from a dense one, by PSNR
-on calibration samples. What it finds is confirmed on measured samples. ``sensitivity`` predicts one step at a time, by
-reuse, in a trajectory that is otherwise full. Both write what they know after each run, and go on from it when called
-again. On cores that are shared, ``OMP_NUM_THREADS=1`` can be several times faster.
+on calibration samples. What it finds is confirmed on measured samples. ``score`` measures given schedules on these.
+``sensitivity`` predicts one step at a time, by reuse, in a trajectory that is otherwise full. All write what they know
+after each run, and go on from it when called again. On cores that are shared, ``OMP_NUM_THREADS=1`` can be several
+times faster.
 """
 
 from __future__ import annotations
@@ -183,6 +185,32 @@ def climb(
             f"{row['confirmed_db']:6.2f} dB ({row['climbed_db']:6.2f} climbed)  {row['early']} of the first 8"
             f"  {row['full_steps']}  {row['title']}"
         )
+
+
+@app.command()
+def score(
+    out: Out,
+    schedule: Annotated[list[str], typer.Option(help='Full steps, such as "0 1 2 5 20". Repeatable.')],
+    model: Model = "scenes",
+    steps: StepsOption = 50,
+    samples: Annotated[int, typer.Option(min=1, help="Measured samples.")] = 16,
+    batch: Annotated[int, typer.Option(min=1)] = 8,
+    weights: Weights = None,
+    call: Call = "{}",
+    fast: Fast = False,
+) -> None:
+    """How near reuse comes to the full result on given schedules."""
+    settings = {
+        "model": model, "weights": str(weights), "call": json.loads(call), "steps": steps, "samples": samples,
+        "fast": fast,
+    }  # fmt: skip
+    kept = _kept(out, settings)
+    pipe, chosen = _opened(model, weights, call, batch)
+    ask = Samples(pipe, chosen, chosen.measured[:samples], 0, steps, fast).psnr
+    quality = _asked(kept.setdefault("psnr_db", {}), ask, partial(write_json, out, kept))
+    for text in schedule:
+        full = tuple(map(int, text.split()))
+        typer.echo(f"{quality(full):6.2f} dB  {early(full)} of the first 8  {list(full)}")
 
 
 @app.command()
