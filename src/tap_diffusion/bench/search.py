@@ -153,9 +153,8 @@ def climb(
     kept = _kept(out, settings)
     save = partial(write_json, out, kept)
     pipe, chosen = _opened(model, weights, call, batch)
-    starts = {"even": even_steps(steps, full_steps), "growing": growing_steps(steps, full_steps)}
-    if (steps, full_steps) == (50, len(FOUND)):
-        starts["FLUX.1-dev"] = FOUND
+    known_best = {"FLUX.1-dev": FOUND} if (steps, full_steps) == (50, len(FOUND)) else {}
+    starts = known_best | {"even": even_steps(steps, full_steps), "growing": growing_steps(steps, full_steps)}
     conditions = [chosen.calibration[i % len(chosen.calibration)] for i in range(samples)]
     ask = Samples(pipe, chosen, conditions, SEED, steps, fast).psnr
     quality = _asked(kept.setdefault("climbed_on", {}), ask, save)
