@@ -177,9 +177,12 @@ def scene(generator: torch.Generator | None = None, split: Literal["train", "tes
 
 
 def captions(count: int, split: Literal["train", "test"]) -> list[str]:
-    """Captions of as many random scenes, always the same."""
+    """As many captions of random scenes, each once, always the same."""
     generator = torch.Generator().manual_seed(0)
-    return [scene(generator, split).caption for _ in range(count)]
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[scene(generator, split).caption] = None
+    return list(found)
 
 
 def load(folder: Path) -> Tensor:
