@@ -12,7 +12,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from tap_bench import judges, sprites
+from tap_bench import judges, scenes, sprites
 from tap_bench.recipes import Recipe
 from tap_bench.scores import DISTANCES, SCORES, check
 from tap_diffusion.apps.generate import load_pipeline
@@ -157,6 +157,17 @@ def sprites_() -> BenchModel:
     )
 
 
+def scenes_() -> BenchModel:
+    """Several emoji at free places over a free ground: FLUX's blocks and shift, 256 tokens, two calls a step."""
+    return BenchModel(
+        "scenes",
+        partial(load_pipeline, "scenes", torch.float32, "cpu"),
+        scenes.captions(MEASURED, "test"),
+        scenes.captions(32, "train"),
+        scenes.arguments,
+    )
+
+
 def _spread(items: Sequence[Any], count: int) -> list[Any]:
     """As many of them, evenly spread."""
     return [items[i * len(items) // count] for i in range(count)]
@@ -191,4 +202,9 @@ def any_pipeline(recipe: Recipe, conditions: Sequence[Any], dtype: torch.dtype, 
     return model.judged_by(recipe.scores)
 
 
-MODELS: dict[str, Callable[[], BenchModel]] = {"emoji": emoji, "fashion": fashion, "sprites": sprites_}
+MODELS: dict[str, Callable[[], BenchModel]] = {
+    "emoji": emoji,
+    "fashion": fashion,
+    "sprites": sprites_,
+    "scenes": scenes_,
+}

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput, WanTransformer3DModel
+from diffusers import (
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    FluxPipeline,
+    ImagePipelineOutput,
+    WanTransformer3DModel,
+)
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -167,3 +173,8 @@ def fashion() -> tuple[Path, type[PixelDiTPipeline]]:
 def sprites() -> tuple[Path, type[PixelWanPipeline]]:
     """The same of the model ``sprites``."""
     return WEIGHTS / "sprites", PixelWanPipeline
+
+
+def scenes() -> tuple[Path, type[FluxPipeline]]:
+    """The same of the model ``scenes``, which has an autoencoder."""
+    return WEIGHTS / "scenes", FluxPipeline

@@ -91,7 +91,7 @@ def test_options_make_the_configuration(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model", "nonsense"], "unknown model 'nonsense': give emoji, fashion, sprites, a folder"),
+        (["--model", "nonsense"], "unknown model 'nonsense': give emoji, fashion, sprites, scenes, a folder"),
         (["--model", "somebody/something"], "the hub could not be reached to load 'somebody/something'"),
         (["--model", "EMPTY"], "holds no pipeline: it has no model_index.json"),
         (["--model", "BROKEN"], "could not load"),

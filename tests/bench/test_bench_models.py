@@ -31,7 +31,7 @@ def loaded(name: str) -> tuple[BenchModel, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", LEAST)
 def test_models_draw_what_is_asked_for(name: str) -> None:
     model, pipe = loaded(name)
     drawn = draw(pipe, model, model.measured[:8], 0, num_inference_steps=25)
@@ -56,7 +56,7 @@ def test_models_tell_a_good_method_from_a_bad_one(name: str) -> None:
 
 
 def test_measured_and_calibration_conditions_are_apart() -> None:
-    for name in ("emoji", "sprites"):
+    for name in ("emoji", "sprites", "scenes"):
         model = MODELS[name]()
         assert len(model.measured) == 256
         assert len(set(model.measured[:64])) == 64

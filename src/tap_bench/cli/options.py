@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 
 BenchModelOption = Annotated[
     str | None,
-    option("What", "--model", "-m", help="emoji, fashion, sprites, a pipeline's folder, or a hub id.", default="emoji"),
+    option(
+        "What",
+        "--model",
+        "-m",
+        help="emoji, fashion, sprites, scenes, a pipeline's folder, or a hub id.",
+        default="emoji",
+    ),
 ]
 BenchPromptsOption = Annotated[
     Path | None, option("What", "--prompts", help="File with one prompt a line, for a folder or hub id.")

@@ -28,7 +28,7 @@ def profile(
     ] = None,
     model: Annotated[
         str | None,
-        option("What", "--model", "-m", help="Or emoji, fashion, sprites, a pipeline's folder, or a hub id."),
+        option("What", "--model", "-m", help="Or emoji, fashion, sprites, scenes, a pipeline's folder, or a hub id."),
     ] = None,
     blocks: Annotated[
         int | None, option("What", help="Of each kind at most, at true width.", default="all", min=1)

@@ -31,14 +31,19 @@ from tap_diffusion.integrations.diffusers.api import enabled, report, supported,
 
 COLUMNS = 8  # of compare.png
 MODELS = "tap_diffusion.models"  # entry points of packages that bring models: a name, and what gives folder and class
-APART = {"emoji": "demo", "fashion": "bench", "sprites": "bench"}  # the project's own, and the extras that bring them
+APART = {
+    "emoji": "demo",
+    "fashion": "bench",
+    "sprites": "bench",
+    "scenes": "bench",
+}  # the project's own, and the extras that bring them
 
 
 def load_pipeline(model: str, dtype: torch.dtype, device: str, offload: bool = False) -> DiffusionPipeline:
     """Load a pipeline with diffusers' own loading code.
 
     Args:
-        model: ``emoji`` (the embedded model), ``fashion`` or ``sprites`` (the bench's), a folder with a
+        model: ``emoji`` (the embedded model), ``fashion``, ``sprites`` or ``scenes`` (the bench's), a folder with a
             ``model_index.json``, or a hub id ``owner/name``.
         offload: keep the parts in host memory while they are not needed.
 
@@ -84,8 +89,8 @@ def prompt_for(model: str, prompt: str) -> str:
 
 
 def guidance_for(model: str, guidance: float | None) -> float | None:
-    """The guidance scale asked for; where none was, 2 for the embedded model, and None for a pipeline's own."""
-    return 2.0 if guidance is None and model == "emoji" else guidance
+    """The guidance scale asked for; where none was, the embedded models', and None for a pipeline's own."""
+    return {"emoji": 2.0, "scenes": 3.0}.get(model) if guidance is None else guidance
 
 
 def _is_connection_error(error: BaseException) -> bool:

@@ -59,7 +59,8 @@ def generate(
     steps: Annotated[int, option("Sampling", help="Denoising steps.", min=1)] = 50,
     seed: Annotated[int, option("Sampling", help="Seed of the first picture; the next take the next.", min=0)] = 0,
     guidance: Annotated[
-        float | None, option("Sampling", help="Guidance scale.", default="the pipeline's; 2 for emoji", min=0)
+        float | None,
+        option("Sampling", help="Guidance scale.", default="the pipeline's; 2 for emoji, 3 for scenes", min=0),
     ] = None,
     height: Annotated[int | None, option("Sampling", help="In pixels.", default="the model's own", min=1)] = None,
     width: Annotated[int | None, option("Sampling", help="In pixels.", default="the model's own", min=1)] = None,

@@ -38,7 +38,10 @@ def option(panel: str, *names: str, help: str, default: str | bool = True, **mor
 
 WHERE = "cuda where there is one"
 ModelOption = Annotated[
-    str, option("Model", "--model", "-m", help="emoji, fashion, sprites (embedded), a pipeline's folder, or a hub id.")
+    str,
+    option(
+        "Model", "--model", "-m", help="emoji, fashion, sprites, scenes (embedded), a pipeline's folder, or a hub id."
+    ),
 ]
 ModelDTypeOption = Annotated[DType, option("Model", help="auto: bfloat16 on a GPU, float32 on a CPU.")]
 ModelDeviceOption = Annotated[str | None, option("Model", help="cpu, cuda, cuda:1, …", default=WHERE)]
