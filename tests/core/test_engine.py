@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tap_diffusion import ConfigError, TAPConfig, TAPWarning
 from tap_diffusion.core.call import Call
-from tap_diffusion.core.config import Windows
 from tap_diffusion.core.engine import Engine, Fallback, _LateFlag
 from tap_diffusion.core.predictors import candidates, chebyshev
 from tap_diffusion.core.timeline import Timeline
@@ -94,15 +93,12 @@ def test_prediction_is_that_of_the_best_candidate() -> None:
     assert torch.equal(driver.engine.report.choices[0].index.long(), best)
 
 
-@pytest.mark.parametrize(
-    ("windows", "slopes", "carried"),
-    [("even", None, 1.0), ("growing", None, 0.4), ("growing", 1.0, 1.0), ("even", 0.25, 0.25), (None, None, 1.0)],
-)
+@pytest.mark.parametrize(("slopes", "carried"), [(None, 0.4), (1.0, 1.0), (0.25, 0.25)])
 def test_what_changed_in_a_window_changes_again_in_the_next_however_long_it_is(
-    windows: Windows | None, slopes: float | None, carried: float
+    slopes: float | None, carried: float
 ) -> None:
     known = Timeline((math.inf, *(20.0 / 2**i for i in range(11))), "flow")
-    engine = Engine(TAPConfig(full_steps=(0, 1, 4, 8), orders=(1,), windows=windows, slopes=slopes, hindsight=0.0))
+    engine = Engine(TAPConfig(full_steps=(0, 1, 4, 8), orders=(1,), slopes=slopes, hindsight=0.0))
     outputs: dict[int, Tensor] = {}
     for step in range(12):
         where = dataclasses.replace(call(step, last=step == 11), steps=12, timeline=known)

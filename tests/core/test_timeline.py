@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tap_diffusion.core.timeline import Timeline
+from tap_diffusion.core.schedule import clock_steps, growing_steps
+from tap_diffusion.core.timeline import EXPONENT, FEW, Timeline
 from tap_diffusion.integrations.diffusers.schedulers import timeline
 
 STEPS = 20
@@ -177,11 +178,40 @@ def test_hindsight_is_never_negative_nor_infinite(anchor: int, data: st.DataObje
         assert (value > 1e-9) == (anchor + 1 < step < 19)  # a perfect model needs no help at the last step
 
 
-@pytest.mark.parametrize(("full", "share"), [(1, 0.1), (6, 0.6), (9, 0.9), (10, 1.0), (14, 1.0)])
-def test_fewer_than_ten_full_steps_shorten_slopes(full: int, share: float) -> None:
-    noise = (math.inf, *((50 - step) / step for step in range(1, 50)))
-    known = Timeline(noise, "flow", tuple(range(full)))
+WHOLE = (math.inf, *((50 - step) / step for step in range(1, 50)))
+
+
+@pytest.mark.parametrize("tokens", [None, 1, FEW, 512, 4096])
+def test_noise_as_so_many_tokens_see_it(tokens: int | None) -> None:
+    known = Timeline(WHOLE, "flow", tokens=tokens)
+    scale = max(tokens or FEW, FEW) / FEW
+    assert known.seen == pytest.approx([noise / scale**EXPONENT for noise in WHOLE])
+    assert (known.pace == replace(known, tokens=FEW).pace) == (scale == 1)
+
+
+@pytest.mark.parametrize(("full", "share"), [(6, 0.6), (9, 0.9), (10, 1.0), (14, 1.0)])
+def test_fewer_than_ten_full_steps_that_are_dense_at_the_start_shorten_slopes(full: int, share: float) -> None:
+    known = Timeline(WHOLE, "flow", growing_steps(50, full))
     assert known.slopes == pytest.approx(share)
     assert replace(known, full=()).slopes == 1.0
     # From half way on, in the angle arcsin √σ, full steps are as dense as twice as many on the whole way.
-    assert replace(known, noise=noise[25:]).slopes == pytest.approx(min(1.0, 2 * share))
+    half = replace(known, noise=WHOLE[25:], full=growing_steps(25, full))
+    assert half.slopes == pytest.approx(min(1.0, 2 * share))
+
+
+@pytest.mark.parametrize("make", [flow, lambda: ddim("epsilon"), lambda: flow(shift=3.0)])
+def test_the_default_s_slopes_are_whole_where_tokens_are_few(make: Callable[[], Any]) -> None:
+    known = timeline(make(), 0)
+    assert known is not None
+    for steps in (STEPS, 8):
+        for count in range(1, steps):
+            part = replace(known, noise=known.noise[:steps])
+            assert replace(part, full=clock_steps(part.pace, count)).slopes == 1.0
+
+
+def test_slopes_are_in_between_where_windows_grow_a_little() -> None:
+    known = Timeline(WHOLE, "flow", tokens=512)
+    shares = [replace(known, full=clock_steps(known.pace, count)).slopes for count in (6, 8)]
+    assert 0.6 < shares[0] < shares[1] < 1
+    many = replace(known, tokens=20_000)
+    assert replace(many, full=clock_steps(many.pace, 8)).slopes == pytest.approx(0.8)
