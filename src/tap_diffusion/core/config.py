@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from tap_diffusion.core.errors import ConfigError
 from tap_diffusion.core.predictors import FAMILIES
+from tap_diffusion.core.presets import PRESETS, STEPS
 
 Loss = Literal["cosine", "l2", "relative_l2", "l1"]
 Granularity = Literal["token", "sample", "batch"]
@@ -174,6 +175,30 @@ class TAPConfig:
             probe="modulated_input", sketch=1,
         )  # fmt: skip
         return cls(**settings | changes)
+
+    @classmethod
+    def preset(cls, model: str, full_steps: int, **changes: Any) -> TAPConfig:
+        """The full steps that a search on a real model found (arXiv 2609.39343), for trajectories of 50 steps.
+
+        Other trajectories are refused: there, and with other numbers of full steps, the default spacing is meant.
+
+        Args:
+            model: ``flux.1-dev``, ``qwen-image``, ``wan2.1-1.3b`` or ``hunyuan-video``.
+            full_steps: 9, 13 or 21.
+            changes: other fields.
+
+        Raises:
+            ConfigError: there is none. The message names those that there are.
+        """
+        if model not in PRESETS:
+            raise ConfigError(f"there is no preset for {model!r}; there are {', '.join(PRESETS)}")
+        found = PRESETS[model]
+        if full_steps not in found:
+            raise ConfigError(
+                f"no search for {full_steps} full steps on {model} is known, only for {', '.join(map(str, found))};"
+                f" TAPConfig(full_steps={full_steps}) spaces them by a rule"
+            )
+        return cls(**{"full_steps": found[full_steps], "steps": STEPS} | changes)
 
     @property
     def predicts(self) -> bool:
