@@ -34,7 +34,7 @@ from tap_bench.models import MODELS, BenchModel
 from tap_diffusion.apps.files import write_json
 from tap_diffusion.core import timeline as core
 from tap_diffusion.core.config import TAPConfig
-from tap_diffusion.core.schedule import clock_steps, growing_steps
+from tap_diffusion.core.schedule import growing_steps, spaced_steps
 from tap_diffusion.core.timeline import Timeline
 
 FOUND = Path(__file__).parents[2] / "docs" / "schedules" / "found.json"
@@ -78,7 +78,8 @@ class Evidence:
         tokens = known["tokens"] if tokens is None else tokens
         if exponent is not None:  # so many tokens as have the same effect
             tokens = round(core.FEW * (tokens / core.FEW) ** (exponent / core.EXPONENT))
-        return clock_steps(Timeline(flow(STEPS, known["sigma_shift"]), "flow", tokens=tokens).pace, count)
+        timeline = Timeline(flow(STEPS, known["sigma_shift"]), "flow", tokens=tokens)
+        return spaced_steps(TAPConfig(), STEPS, count, timeline)
 
     def error(self, model: str, exponent: float | None = None) -> float:
         """Mean distance of the rule to what was found for a model."""
@@ -160,7 +161,7 @@ def _before(evidence: Evidence, model: str, count: int) -> Steps:
     return growing_steps(STEPS, count) if is_video else evidence.rule(model, count, tokens=core.FEW)
 
 
-# ------------------------------------------------------------------------------------------------- the bench's own models
+# ----------------------------------------------------------------------------------------------- the bench's own models
 
 
 @app.command()
@@ -176,18 +177,20 @@ def measure(
     pipe = known.load()
     pipe.set_progress_bar_config(disable=True)
     work.mkdir(parents=True, exist_ok=True)
-    for report, steps, budget, before in _cells(model):
-        cells = json.loads(to.read_text(encoding="utf-8")) if to.exists() else {}
-        cell = cells.setdefault(f"{report}/{budget}", {"before": [], "now": []})
-        while (first := len(cell["now"])) < samples:
-            conditions = known.measured[first : min(first + batch, samples)]
+    cells = json.loads(to.read_text(encoding="utf-8")) if to.exists() else {}
+    for first in range(0, samples, batch):
+        conditions = known.measured[first : min(first + batch, samples)]
+        for report, steps, budget, before in _cells(model):
+            cell = cells.setdefault(f"{report}/{budget}", {"before": [], "now": []})
+            if len(cell["now"]) != first:
+                continue
             full = _full(pipe, known, conditions, first, steps, work)
             variant = on_engine("", TAPConfig(full_steps=budget))
             drawn = run_all(pipe, known, variant, conditions, first, steps, Counts())
             cell["now"] += [round(value, 3) for value in metrics.psnr(drawn.pictures, full).tolist()]
             cell["before"] = [round(before[seed], 3) for seed in range(len(cell["now"]))]
             write_json(to, cells)
-        typer.echo(f"{report} {budget}: {fmean(cell['before']):.2f} dB before, {fmean(cell['now']):.2f} now")
+            typer.echo(f"{report} {budget}: {fmean(cell['before']):.2f} dB before, {fmean(cell['now']):.2f} now")
 
 
 def _cells(model: str) -> Iterator[tuple[str, int, int, dict[int, float]]]:

@@ -67,6 +67,15 @@ class Timeline:
         scale = (max(self.tokens or FEW, FEW) / FEW) ** EXPONENT
         return tuple(noise / scale for noise in self.noise)
 
+    @property
+    def cut(self) -> float:
+        """How far the end cuts the last window between full steps (:func:`~tap_diffusion.core.schedule.clock_steps`).
+
+        Few tokens are better off with a full step just before the end, many with windows that are shorter everywhere
+        else: 1 - 64 / N.
+        """
+        return 1 - FEW / max(self.tokens or FEW, FEW)
+
     @cached_property
     def pace(self) -> tuple[float, ...]:
         """Time in which full steps are even, from 0 to len - 1: halfway between step and arctan √(noise as seen).

@@ -105,8 +105,8 @@ def plan(
         )
     console.print(table)
     console.print(
-        "Full steps are even in the pace: half the step's index, half the angle arctan √(noise as seen). The more tokens"
-        " see it, the less noise it is, and the earlier the picture is decided.",
+        "Full steps are even in the pace: half the step's index, half the angle arctan √(noise as seen). The more"
+        " tokens see it, the less noise it is, and the earlier the picture is decided.",
         highlight=False,
     )
     found = PRESETS.get(known.preset or "", {}).get(len(full)) if steps == 50 else None
