@@ -211,7 +211,7 @@ def planned(is_full: Callable[[int], bool], steps: int) -> list[int]:
 
 
 @pytest.mark.parametrize(("steps", "count"), [(50, 6), (50, 10), (50, 14), (28, 7), (28, 9)])
-@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0, 7.0])
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
 def test_the_more_tokens_the_earlier_are_full_steps(steps: int, count: int, shift: float) -> None:
     known = Timeline(flow(steps, shift), "flow")
     config = TAPConfig(full_steps=count)
