@@ -198,7 +198,8 @@ class TAPConfig:
                 f"no search for {full_steps} full steps on {model} is known, only for {', '.join(map(str, found))};"
                 f" TAPConfig(full_steps={full_steps}) spaces them by a rule"
             )
-        return cls(**{"full_steps": found[full_steps], "steps": STEPS} | changes)
+        settings: dict[str, Any] = {"full_steps": found[full_steps], "steps": STEPS}
+        return cls(**settings | changes)
 
     @property
     def predicts(self) -> bool:
