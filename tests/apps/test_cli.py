@@ -223,7 +223,7 @@ def test_tune_refuses_what_it_can_t_do(arguments: list[Any], words: str) -> None
     assert words in result.stderr
 
 
-# ------------------------------------------------------------------------------------------------------------------ plan
+# ----------------------------------------------------------------------------------------------------------------- plan
 
 
 def full_steps_in(output: str) -> list[int]:

@@ -173,7 +173,7 @@ def test_whether_anything_is_predicted(changes: dict[str, Any], predicts: bool) 
     assert TAPConfig(**changes).predicts is predicts
 
 
-# --------------------------------------------------------------------------------------------------------------- presets
+# -------------------------------------------------------------------------------------------------------------- presets
 
 
 def test_a_preset_is_for_its_number_of_steps() -> None:
