@@ -113,7 +113,7 @@ def spaced_steps(
     if config.clock == "step":
         return clock_steps(range(steps), count)
     known = Timeline.of_steps(steps, tokens) if timeline is None else timeline
-    return clock_steps(known.pace, count, known.cut)
+    return clock_steps(known.spacing, count, known.cut)
 
 
 def is_full_step(step: int, interval: int, warmup: int) -> bool:

@@ -18,7 +18,7 @@ EXPONENT = 1.0  # k of the noise as N tokens see it, σ/α over (N / 64)^k (docs
 EVEN, DENSE = (
     0.45,
     0.4,
-)  # mean place of the full steps on the pace of few tokens: as good as even, and dense at the start
+)  # mean place of the full steps on the pace: as good as even, and dense at the start
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Timeline:
 
     @classmethod
     def of_steps(cls, steps: int, tokens: int | None) -> Timeline:
-        """What stands in for the noise where nobody tells it: such that few tokens have a pace even in steps.
+        """What stands in for the noise where nobody tells it: such that few tokens have a spacing even in steps.
 
         Args:
             steps: of the trajectory, at least 1.
@@ -77,21 +77,22 @@ class Timeline:
         return 1 - FEW / max(self.tokens or FEW, FEW)
 
     @cached_property
-    def pace(self) -> tuple[float, ...]:
-        """Time in which full steps are even, from 0 to len - 1: halfway between step and arctan √(noise as seen).
+    def spacing(self) -> tuple[float, ...]:
+        """Time in which full steps are even, from 0 to len - 1: the pace, but with the noise as so many tokens see it.
 
-        In the angle, which is arcsin √σ for flow matching and few tokens, features change at about the same pace
-        throughout, while in steps they change fast at both ends; but an early error also does more harm than a late
-        one. Halfway did best on a flow matching and a noise predicting model, and with the noise as so many tokens see
-        it explains what searches found on real ones (docs/schedule.md).
+        It explains what searches found on real models (docs/schedule.md). Few tokens have the pace itself.
         """
-        return self._pace(self.seen)
+        return _halfway(self.seen)
 
-    def _pace(self, noises: Sequence[float]) -> tuple[float, ...]:
-        last = max(len(noises) - 1, 1)
-        angles = [math.atan(math.sqrt(noise)) for noise in noises]
-        span = angles[0] - angles[-1] or 1.0
-        return tuple((step + last * (angles[0] - angle) / span) / 2 for step, angle in enumerate(angles))
+    @cached_property
+    def pace(self) -> tuple[float, ...]:
+        """Time in which features change evenly, from 0 to len - 1: halfway between step and arctan √(σ/α), so scaled.
+
+        In arctan √(σ/α), which is arcsin √σ for flow matching, features change at about the same pace throughout,
+        while in steps they change fast at both ends; but an early error also does more harm than a late one. Halfway
+        did best on a flow matching and a noise predicting model (docs/beyond.md).
+        """
+        return _halfway(self.noise)
 
     @cached_property
     def clock(self) -> tuple[float, ...]:
@@ -113,14 +114,12 @@ class Timeline:
         """Share of the slopes seen at n full steps to carry on: n / 10 where n < 10 are dense at the start, else 1.
 
         Where windows grow, the change in one tells less of the next the longer they are (docs/beyond.md). Whether they
-        grow, the full steps' mean place on the pace of few tokens tells: a half where they are even, a third on a
-        parabola. Where a trajectory begins with less than pure noise (image to image), n counts as for the whole way of
+        grow, the full steps' mean place on the pace tells: a half where they are even, a third on a parabola. Where a trajectory begins with less than pure noise (image to image), n counts as for the whole way of
         which it is part.
         """
         if len(self.full) < 2 or len(self) < 3:
             return 1.0
-        places = self._pace(self.noise)
-        mean = sum(places[step] for step in self.full) / (len(self.full) * places[-2])
+        mean = sum(self.pace[step] for step in self.full) / (len(self.full) * self.pace[-2])
         growth = min(1.0, max(0.0, (EVEN - mean) / (EVEN - DENSE)))
         way = math.atan(math.sqrt(self.noise[0])) / (math.pi / 2)
         return 1 - growth * (1 - min(1.0, len(self.full) / (10 * way)))
@@ -189,3 +188,11 @@ class Timeline:
                 clean, noisy, slope = (0.0, 1.0), (1 / sigma, -alpha / sigma), np.zeros_like(sigma)
         by_x, by_output = (next_alpha * c + next_sigma * n for c, n in zip(clean, noisy, strict=True))
         return by_x, by_output, slope
+
+
+def _halfway(noises: Sequence[float]) -> tuple[float, ...]:
+    """Halfway between step and arctan √noise, from 0 to len - 1."""
+    last = max(len(noises) - 1, 1)
+    angles = [math.atan(math.sqrt(noise)) for noise in noises]
+    span = angles[0] - angles[-1] or 1.0
+    return tuple((step + last * (angles[0] - angle) / span) / 2 for step, angle in enumerate(angles))
