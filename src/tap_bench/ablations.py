@@ -82,9 +82,15 @@ class MixedTimeline(Timeline):
     @cached_property
     def pace(self) -> tuple[float, ...]:
         """As the base class, with the share."""
-        return tuple(
-            2 * (1 - self.share) * half + (2 * self.share - 1) * step for step, half in enumerate(super().pace)
-        )
+        return self._mixed(super().pace)
+
+    @cached_property
+    def spacing(self) -> tuple[float, ...]:
+        """As the base class, with the share."""
+        return self._mixed(super().spacing)
+
+    def _mixed(self, halfway: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(2 * (1 - self.share) * half + (2 * self.share - 1) * step for step, half in enumerate(halfway))
 
     @cached_property
     def clock(self) -> tuple[float, ...]:

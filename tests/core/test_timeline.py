@@ -138,7 +138,7 @@ noises = st.tuples(
 @given(noises, st.data())
 def test_pace_and_clock_rise_from_the_first_step_to_the_last(noise: tuple[float, ...], data: st.DataObject) -> None:
     known = Timeline(noise, "flow", full_steps_of(noise, data))
-    for time in (known.pace, known.clock):
+    for time in (known.pace, known.spacing, replace(known, tokens=4096).spacing, known.clock):
         assert time[0] == 0
         assert all(a < b for a, b in pairwise(time))
         if len(noise) > 1:
@@ -186,7 +186,8 @@ def test_noise_as_so_many_tokens_see_it(tokens: int | None) -> None:
     known = Timeline(WHOLE, "flow", tokens=tokens)
     scale = max(tokens or FEW, FEW) / FEW
     assert known.seen == pytest.approx([noise / scale**EXPONENT for noise in WHOLE])
-    assert (known.pace == replace(known, tokens=FEW).pace) == (scale == 1)
+    assert (known.spacing == known.pace) == (scale == 1)
+    assert known.pace == Timeline(WHOLE, "flow").pace
 
 
 @pytest.mark.parametrize(("full", "share"), [(6, 0.6), (9, 0.9), (10, 1.0), (14, 1.0)])
@@ -212,5 +213,5 @@ def test_the_default_s_slopes_are_whole_where_tokens_are_few(make: Callable[[], 
 def test_slopes_are_in_between_where_windows_grow_a_little() -> None:
     for tokens, share in ((64, 1.0), (128, 1.0), (512, 0.8), (4096, 0.8)):
         known = Timeline(WHOLE, "flow", tokens=tokens)
-        full = clock_steps(known.pace, 8, known.cut)
+        full = clock_steps(known.spacing, 8, known.tail)
         assert replace(known, full=full).slopes == pytest.approx(share, abs=0.03)

@@ -91,7 +91,7 @@ def schedules(setting: Setting) -> dict[str, tuple[int, ...]]:
     if budget >= 3:
         found["even after 2"] = even_steps(steps, budget, warmup=2)
     if timeline is not None:
-        found["even on the clock"] = clock_steps(timeline.spacing, budget, timeline.cut)
+        found["even on the clock"] = clock_steps(timeline.spacing, budget, timeline.tail)
     found["growing"] = growing_steps(steps, budget)
     return found
 

@@ -42,9 +42,9 @@ class TAPConfig:
             ``speedup`` means an ``interval`` of as much, rounded. Beside a tuple of ``full_steps``: the length that
             they are for; another is an error.
         clock: where full steps are even and how predictors extrapolate: in the ``step``, as in the paper, or by what
-            the scheduler's ``noise`` says: full steps are even in a pace that is the denser at the start the more
-            tokens a picture or video has (:attr:`Timeline.pace <tap_diffusion.core.timeline.Timeline.pace>`; ``tap
-            plan`` shows which), and predictors extrapolate in windows between full steps, wherever these are
+            the scheduler's ``noise`` says: full steps are even in a time that is the denser at the start the more
+            tokens a picture or video has (:attr:`Timeline.spacing <tap_diffusion.core.timeline.Timeline.spacing>`;
+            ``tap plan`` shows which), and predictors extrapolate in windows between full steps, wherever these are
             (:attr:`Timeline.clock <tap_diffusion.core.timeline.Timeline.clock>`).
         hindsight: share of the error of the predicted steps that the next full step makes up for
             (:meth:`Timeline.hindsight <tap_diffusion.core.timeline.Timeline.hindsight>`): 1 all, 0 nothing, as in the

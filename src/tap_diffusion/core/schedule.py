@@ -113,7 +113,7 @@ def spaced_steps(
     if config.clock == "step":
         return clock_steps(range(steps), count)
     known = Timeline.of_steps(steps, tokens) if timeline is None else timeline
-    return clock_steps(known.spacing, count, known.cut)
+    return clock_steps(known.spacing, count, known.tail)
 
 
 def is_full_step(step: int, interval: int, warmup: int) -> bool:
@@ -205,14 +205,14 @@ def growing_steps(steps: int, count: int) -> tuple[int, ...]:
     return tuple(round(i + growth * i * (i - 1) / 2) for i in range(count))
 
 
-def clock_steps(clock: Sequence[float], count: int, cut: float = 0.0) -> tuple[int, ...]:
+def clock_steps(clock: Sequence[float], count: int, tail: float = 0.0) -> tuple[int, ...]:
     """``count`` full steps, evenly spaced on a clock from the first step to the last but one, or earlier.
 
     Args:
         clock: time of each step, increasing.
         count: full steps wanted; all steps are full where there are no more.
-        cut: how far the end of the trajectory cuts the last window: 0: the last full step is the last but one; 1: the
-            last window is half over at the end; linear in between.
+        tail: how much of a window is left after the last full step: 0: it is the last step but one; 1: a whole window,
+            up to the end; linear in between.
 
     Raises:
         ValueError: ``count`` is less than 1.
@@ -221,10 +221,10 @@ def clock_steps(clock: Sequence[float], count: int, cut: float = 0.0) -> tuple[i
     last = len(clock) - 2
     if count > last:
         return tuple(range(min(count, len(clock))))
-    end = (1 - cut) * clock[last] + cut * (2 * clock[-1] - clock[last])
+    end = (1 - tail) * clock[last] + tail * (2 * clock[-1] - clock[last])
     full = [0]
     for i in range(1, count):
-        wanted = clock[0] + (end - clock[0]) * i / (count - 1 + cut / 2)
+        wanted = clock[0] + (end - clock[0]) * i / (count - 1 + tail)
         possible = range(full[-1] + 1, last - (count - 1 - i) + 1)
         full.append(min(possible, key=lambda step: round(abs(clock[step] - wanted), 9)))
     return tuple(full)

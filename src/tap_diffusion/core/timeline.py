@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 Prediction = Literal["flow", "epsilon", "v_prediction", "sample"]
 
 FEW = 64  # tokens of the pictures at which the pace was chosen; fewer count as so many
-EXPONENT = 1.0  # k of the noise as N tokens see it, σ/α over (N / 64)^k (docs/schedule.md)
+EXPONENT = 0.9  # k of the noise as N tokens see it, σ/α over (N / 64)^k (docs/schedule.md)
 EVEN, DENSE = (
     0.45,
     0.4,
@@ -68,11 +68,10 @@ class Timeline:
         return tuple(noise / scale for noise in self.noise)
 
     @property
-    def cut(self) -> float:
-        """How far the end cuts the last window between full steps (:func:`~tap_diffusion.core.schedule.clock_steps`).
+    def tail(self) -> float:
+        """How much of a window is left after the last full step (:func:`~tap_diffusion.core.schedule.clock_steps`).
 
-        Few tokens are better off with a full step just before the end, many with windows that are shorter everywhere
-        else: 1 - 64 / N.
+        Few tokens are better off with a full step just before the end, many with shorter windows everywhere: 1 - 64 / N.
         """
         return 1 - FEW / max(self.tokens or FEW, FEW)
 

@@ -96,16 +96,16 @@ def plan(
     shown = "x".join(map(str, size if size[2] > 1 else size[:2]))
     title = f"{count} tokens" if tokens else f"{shown}, {count} tokens"
     console.print(f"{title}, shift {shift:.3g}: {len(full)} of {steps} steps full", highlight=False)
-    table = Table("full step", "noise σ/α", "noise as seen", "pace")
+    table = Table("full step", "noise σ/α", "noise as seen", "spacing")
     for column in table.columns:
         column.justify = "right"
     for step in full:
         table.add_row(
-            str(step), _number(timeline.noise[step]), _number(timeline.seen[step]), f"{timeline.pace[step]:.1f}"
+            str(step), _number(timeline.noise[step]), _number(timeline.seen[step]), f"{timeline.spacing[step]:.1f}"
         )
     console.print(table)
     console.print(
-        "Full steps are even in the pace: half the step's index, half the angle arctan √(noise as seen). The more"
+        "Full steps are even in the spacing: half the step's index, half the angle arctan √(noise as seen). The more"
         " tokens see it, the less noise it is, and the earlier the picture is decided.",
         highlight=False,
     )
