@@ -27,6 +27,8 @@ from torch import Tensor
 
 from tap_diffusion import TAPConfig, UnsupportedModelError
 from tap_diffusion.core.engine import UNEXPLAINED
+from tap_diffusion.core.schedule import spaced_steps
+from tap_diffusion.core.timeline import Timeline
 from tap_diffusion.integrations.comfyui import accelerate, report
 from tap_diffusion.integrations.comfyui import wrappers as comfy
 

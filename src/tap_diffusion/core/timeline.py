@@ -71,7 +71,7 @@ class Timeline:
     def tail(self) -> float:
         """How much of a window is left after the last full step (:func:`~tap_diffusion.core.schedule.clock_steps`).
 
-        Few tokens are better off with a full step just before the end, many with shorter windows everywhere: 1 - 64 / N.
+        1 - 64 / N: few tokens want a full step just before the end, many rather shorter windows everywhere.
         """
         return 1 - FEW / max(self.tokens or FEW, FEW)
 
@@ -113,8 +113,8 @@ class Timeline:
         """Share of the slopes seen at n full steps to carry on: n / 10 where n < 10 are dense at the start, else 1.
 
         Where windows grow, the change in one tells less of the next the longer they are (docs/beyond.md). Whether they
-        grow, the full steps' mean place on the pace tells: a half where they are even, a third on a parabola. Where a trajectory begins with less than pure noise (image to image), n counts as for the whole way of
-        which it is part.
+        grow, the full steps' mean place on the pace tells: a half where they are even, a third on a parabola. Where a
+        trajectory begins with less than pure noise (image to image), n counts as for the whole way of which it is part.
         """
         if len(self.full) < 2 or len(self) < 3:
             return 1.0
