@@ -39,7 +39,7 @@ from tap_diffusion.core.call import Call
 from tap_diffusion.core.config import TAPConfig
 from tap_diffusion.core.engine import Engine
 from tap_diffusion.core.predictors import Candidate
-from tap_diffusion.core.schedule import even_steps, paper_steps
+from tap_diffusion.core.schedule import even_steps, growing_steps, paper_steps
 from tap_diffusion.core.timeline import Timeline
 
 SOURCE = "arXiv 2603.03792"
@@ -82,9 +82,15 @@ class MixedTimeline(Timeline):
     @cached_property
     def pace(self) -> tuple[float, ...]:
         """As the base class, with the share."""
-        return tuple(
-            2 * (1 - self.share) * half + (2 * self.share - 1) * step for step, half in enumerate(super().pace)
-        )
+        return self._mixed(super().pace)
+
+    @cached_property
+    def spacing(self) -> tuple[float, ...]:
+        """As the base class, with the share."""
+        return self._mixed(super().spacing)
+
+    def _mixed(self, halfway: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(2 * (1 - self.share) * half + (2 * self.share - 1) * step for step, half in enumerate(halfway))
 
     @cached_property
     def clock(self) -> tuple[float, ...]:
@@ -197,8 +203,7 @@ def beyond() -> Iterator[Ablation]:
         label = f"{share:.0%} step, {1 - share:.0%} noise"
         yield Ablation("clock", label, _plain if share == 0.5 else _mixed(share=share))
     yield Ablation("clock", "not stretched", _mixed(stretched=False))
-    yield _configured("schedule", "even on the clock", windows="even")
-    yield _configured("schedule", "growing", windows="growing")
+    yield Ablation("schedule", "even on the clock", _plain)
     for label, steps in _SCHEDULES.items():
         yield Ablation("schedule", label, _scheduled(steps))
     for gain in (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0):
@@ -228,6 +233,7 @@ _SCHEDULES: dict[str, Callable[[int, int], tuple[int, ...]]] = {
     "paper": paper_steps,
     "even": even_steps,
     "even after 2": lambda steps, count: even_steps(steps, count, warmup=2),
+    "growing": growing_steps,
 }
 
 

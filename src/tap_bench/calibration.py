@@ -6,7 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -79,12 +79,14 @@ class Calibration:
 
     @cached_property
     def timeline(self) -> Timeline | None:
-        """The noise of the pipeline's steps; None where its scheduler does not tell."""
+        """The noise of the pipeline's steps as its tokens see it; None where its scheduler does not tell."""
         seen: list[Timeline | None] = []
 
         class Look(Engine):
             def begin(self, call: Call) -> bool:
-                seen.append(call.timeline)
+                if call.step == 0:
+                    return super().begin(call)
+                seen.append(self._timeline and replace(self._timeline, full=()))
                 raise _SeenError
 
         variant = on_engine("", TAPConfig.paper(), Look)
@@ -154,7 +156,7 @@ class Calibration:
 
 
 class _SeenError(Exception):
-    """The first call has told what was to be known."""
+    """The first step has told what was to be known."""
 
 
 class _Recorder(Engine):

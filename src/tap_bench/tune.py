@@ -19,7 +19,7 @@ from tqdm import tqdm
 from tap_bench import metrics
 from tap_bench.calibration import Calibration, run_all
 from tap_bench.counting import Counts
-from tap_bench.methods import Setting, on_engine, on_pipeline, schedules
+from tap_bench.methods import Setting, on_engine, schedules
 from tap_bench.models import BenchModel
 from tap_diffusion.apps.files import write_json
 from tap_diffusion.core.config import TAPConfig
@@ -63,8 +63,7 @@ def search(
 
 def recommended_steps(setting: Setting) -> tuple[int, ...]:
     """The full steps of ``TAPConfig(full_steps=budget)``."""
-    config = on_pipeline(setting.pipe, TAPConfig(full_steps=setting.budget))
-    return spaced_steps(config, setting.steps, setting.budget, setting.calibration.timeline)
+    return spaced_steps(TAPConfig(), setting.steps, setting.budget, setting.calibration.timeline)
 
 
 @dataclass(frozen=True)

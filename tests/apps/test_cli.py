@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -15,6 +16,8 @@ from typer.testing import CliRunner
 
 from tap_diffusion import TAPConfig
 from tap_diffusion.apps.cli import app
+from tap_diffusion.core.schedule import spaced_steps
+from tap_diffusion.core.timeline import Timeline
 from tiny import build_pipeline
 
 
@@ -218,3 +221,62 @@ def test_tune_refuses_what_it_can_t_do(arguments: list[Any], words: str) -> None
     result = run(*arguments, command="tune")
     assert result.exit_code == 2
     assert words in result.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------- plan
+
+
+def full_steps_in(output: str) -> list[int]:
+    return [int(step) for step in re.findall(r"│ +(\d+) │", output)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tokens", "shift"),
+    [
+        (("flux",), 4096, 3.16),
+        (("flux", "--width", 512, "--height", 768), 1536, 2.05),
+        (("qwen-image",), 6889, 2.3),
+        (("sd3", "--steps", 28), 4096, 3),
+        (("wan-1.3b", "--frames", 65), 26520, 5),
+        (("hunyuan-video", "--width", 640, "--height", 480, "--frames", 65), 20400, 7),
+        (("1024x512",), 2048, 1),
+        (("832x480x81", "--shift", 4), 32760, 4),
+        (("flux", "--tokens", 64, "--shift", 1), 64, 1),
+    ],
+)
+def test_plan_shows_the_steps_that_would_be_full(arguments: tuple[Any, ...], tokens: int, shift: float) -> None:
+    result = run(*arguments, "--full-steps", 9, command="plan")
+    assert result.exit_code == 0, result.output
+    assert f"{tokens} tokens" in result.output
+    steps = arguments[arguments.index("--steps") + 1] if "--steps" in arguments else 50
+    told = float(re.search(r"shift ([\d.]+)", result.output)[1])  # type: ignore[index]
+    assert told == pytest.approx(shift, rel=0.01)
+    noise = (math.inf, *(told * (steps - step) / step for step in range(1, steps)))
+    known = Timeline(noise, "flow", tokens=tokens)
+    found = full_steps_in(result.output)
+    assert len(found) == 9
+    assert all(abs(a - b) <= 1 for a, b in zip(found, spaced_steps(TAPConfig(), steps, 9, known), strict=True))
+
+
+def test_plan_names_what_a_search_found() -> None:
+    found = "0, 1, 2, 3, 5, 8, 13, 27, 49"
+    output = run("flux", "--full-steps", 9, command="plan").output
+    assert found in output
+    assert 'TAPConfig.preset("flux.1-dev", full_steps=9)' in " ".join(output.split())
+    assert found not in run("flux", "--full-steps", 9, "--steps", 40, command="plan").output
+    assert len(full_steps_in(run("flux", command="plan").output)) == 10  # by the default's speedup
+    assert len(full_steps_in(run("flux", "--speedup", 2, command="plan").output)) == 25
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("flux-9",), "'flux-9' is no model that is known here"),
+        (("flux", "--shift", 0), "--shift is 0"),
+        (("8x8",), "8x8 is smaller than a token of 16 pixels"),
+    ],
+)
+def test_plan_refuses_in_one_line(arguments: tuple[Any, ...], message: str) -> None:
+    result = run(*arguments, command="plan")
+    assert result.exit_code == 2
+    assert message in result.stderr

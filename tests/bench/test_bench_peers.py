@@ -127,7 +127,7 @@ def test_cache_dit_has_the_schedules_of_all(on_flux: Setting) -> None:
     assert known is not None
     schedules = (
         paper_steps(STEPS, BUDGET), even_steps(STEPS, BUDGET), even_steps(STEPS, BUDGET, warmup=2),
-        clock_steps(known.clock, BUDGET), growing_steps(STEPS, BUDGET),
+        clock_steps(known.spacing, BUDGET, known.tail), growing_steps(STEPS, BUDGET),
     )  # fmt: skip
     assert masks == [[int(step in full) for step in range(STEPS)] for full in schedules]
 

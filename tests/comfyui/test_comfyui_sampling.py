@@ -29,6 +29,8 @@ from torch import Tensor
 
 from tap_diffusion import TAPConfig, UnsupportedModelError
 from tap_diffusion.core.engine import UNEXPLAINED
+from tap_diffusion.core.schedule import spaced_steps
+from tap_diffusion.core.timeline import Timeline
 from tap_diffusion.integrations.comfyui import accelerate, report
 from tap_diffusion.integrations.comfyui import wrappers as comfy
 
@@ -156,6 +158,24 @@ def test_a_sampler_that_goes_back_to_more_noise_starts_anew_there(flux: Any) -> 
     result = sample_with(accelerated, "Flux", restarting, sigmas)
     assert found_in(accelerated).predicted_calls > 0
     assert 0 < distance(result, plain) < 0.5
+
+
+def test_a_part_of_the_steps_is_planned_by_its_noise_and_the_tokens() -> None:
+    patcher = build("Flux")
+    sampling = patcher.get_model_object("model_sampling")
+    start, end = (float(sampling.percent_to_sigma(percent)) for percent in (0.1, 0.9))
+    for size, tokens in (((16, 8, 8), 16), ((16, 32, 32), 256)):
+        accelerated = accelerate(patcher, TAPConfig(full_steps=5), start_percent=0.1, end_percent=0.9)
+        sample(accelerated, "Flux", steps=24, size=size)
+        levels = samplers.calculate_sigmas(sampling, "simple", 24).tolist()[:-1]
+        inside = [step for step, level in enumerate(levels) if end <= level <= start]
+        noise_inside = tuple(level / (1 - level) for level in levels[inside[0] : inside[-1] + 1])
+        known = Timeline(noise_inside, "flow", tokens=tokens)
+        wanted = [inside[0] + step for step in spaced_steps(TAPConfig(), len(inside), 5, known)]
+        found = found_in(accelerated)
+        assert not found.fallbacks
+        full = {step for step, is_full, _ in found.calls if is_full}
+        assert full == {0, *(step for step in range(24) if step not in inside), *wanted}
 
 
 @pytest.mark.parametrize("name", ["Flux", "WAN21_T2V"])

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from tap_diffusion import ConfigError, TAPConfig
 from tap_diffusion.core.predictors import FAMILIES
+from tap_diffusion.core.presets import PRESETS
+from tap_diffusion.core.schedule import plan
 
 
 def test_paper_is_the_paper() -> None:
@@ -20,7 +22,6 @@ def test_paper_is_the_paper() -> None:
         "warmup": 3,
         "steps": None,
         "clock": "step",
-        "windows": None,
         "hindsight": 0.0,
         "family": "taylor",
         "orders": [0, 1, 2],
@@ -53,7 +54,6 @@ def test_paper_is_the_paper() -> None:
         ("full_steps", (0, 2, 2), "rising"),
         ("steps", 0, "at least 1"),
         ("clock", "sigma", "noise, step"),
-        ("windows", "shrinking", "None or one of even, growing"),
         ("hindsight", -0.1, "from 0 to 2"),
         ("family", "fourier", "taylor, newton"),
         ("orders", (), "non-empty"),
@@ -95,7 +95,6 @@ def test_a_bad_value_is_named_with_what_is_allowed(field: str, value: Any, allow
         full_steps=st.none() | st.integers(1, 50) | st.sets(st.integers(1, 49)).map(lambda s: (0, *sorted(s))),
         steps=st.none() | st.integers(1, 50),
         clock=st.sampled_from(["noise", "step"]),
-        windows=st.sampled_from([None, "even", "growing"]),
         hindsight=st.floats(0, 2),
         warmup=st.integers(1, 50),
         family=st.sampled_from(list(FAMILIES)),
@@ -172,3 +171,24 @@ def test_two_schedules_at_once_are_refused() -> None:
 )
 def test_whether_anything_is_predicted(changes: dict[str, Any], predicts: bool) -> None:
     assert TAPConfig(**changes).predicts is predicts
+
+
+# -------------------------------------------------------------------------------------------------------------- presets
+
+
+def test_a_preset_is_for_its_number_of_steps() -> None:
+    config = TAPConfig.preset("flux.1-dev", full_steps=9, sketch=2)
+    assert config == TAPConfig(full_steps=(0, 1, 2, 3, 5, 8, 13, 27, 49), steps=50, sketch=2)
+    assert TAPConfig.from_json(config.to_json()) == config
+    with pytest.raises(ConfigError, match="for trajectories of 50 steps, and this one has 28"):
+        plan(config, 28, None)
+
+
+@pytest.mark.parametrize("model", PRESETS)
+def test_what_there_is_no_preset_for_is_named(model: str) -> None:
+    for full_steps in (9, 13, 21):
+        assert len(TAPConfig.preset(model, full_steps).full_steps or ()) == full_steps  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=rf"10 full steps on {model}.*9, 13, 21; TAPConfig\(full_steps=10\)"):
+        TAPConfig.preset(model, full_steps=10)
+    with pytest.raises(ConfigError, match=r"'flux'; there are flux\.1-dev, qwen-image, wan2\.1-1\.3b, hunyuan-video"):
+        TAPConfig.preset("flux", full_steps=9)

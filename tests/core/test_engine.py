@@ -12,9 +12,10 @@ from torch import Tensor
 
 from tap_diffusion import ConfigError, TAPConfig, TAPWarning
 from tap_diffusion.core.call import Call
-from tap_diffusion.core.config import Windows
+from tap_diffusion.core.distributed import Ranks
 from tap_diffusion.core.engine import Engine, Fallback, _LateFlag
 from tap_diffusion.core.predictors import candidates, chebyshev
+from tap_diffusion.core.schedule import spaced_steps
 from tap_diffusion.core.timeline import Timeline
 
 SHAPE = (2, 4, 3)
@@ -94,15 +95,12 @@ def test_prediction_is_that_of_the_best_candidate() -> None:
     assert torch.equal(driver.engine.report.choices[0].index.long(), best)
 
 
-@pytest.mark.parametrize(
-    ("windows", "slopes", "carried"),
-    [("even", None, 1.0), ("growing", None, 0.4), ("growing", 1.0, 1.0), ("even", 0.25, 0.25), (None, None, 1.0)],
-)
+@pytest.mark.parametrize(("slopes", "carried"), [(None, 0.4), (1.0, 1.0), (0.25, 0.25)])
 def test_what_changed_in_a_window_changes_again_in_the_next_however_long_it_is(
-    windows: Windows | None, slopes: float | None, carried: float
+    slopes: float | None, carried: float
 ) -> None:
     known = Timeline((math.inf, *(20.0 / 2**i for i in range(11))), "flow")
-    engine = Engine(TAPConfig(full_steps=(0, 1, 4, 8), orders=(1,), windows=windows, slopes=slopes, hindsight=0.0))
+    engine = Engine(TAPConfig(full_steps=(0, 1, 4, 8), orders=(1,), slopes=slopes, hindsight=0.0))
     outputs: dict[int, Tensor] = {}
     for step in range(12):
         where = dataclasses.replace(call(step, last=step == 11), steps=12, timeline=known)
@@ -345,3 +343,95 @@ def test_report_prints_and_counts() -> None:
     assert str(Engine(CONFIG).report) == "TAP: nothing has run yet"
     with pytest.warns(TAPWarning):
         assert "predicted step" not in str(Driver().run(3).engine.report)
+
+
+# ---------------------------------------------------------------------------------------------- planned by the tokens
+
+
+class Together(Ranks):
+    """Two ranks, the other with as many tokens more."""
+
+    def __init__(self, others: int) -> None:
+        super().__init__()
+        self.others = others
+
+    @property
+    def several(self) -> bool:
+        return True
+
+    def total(self, part: Tensor) -> Tensor:
+        return part + self.others if part.dtype == torch.int64 and part.ndim == 0 else part
+
+    def any(self, flag: Tensor) -> Tensor:
+        return flag
+
+
+def run_through(engine: Engine, tokens: int, steps: int = 50, known: Timeline | None = None, **more: Any) -> list[int]:
+    """Full steps of a trajectory of two branches."""
+    full = []
+    for step in range(steps):
+        for branch in ("a", "b"):
+            where = dataclasses.replace(call(step, branch, step == steps - 1), steps=steps, timeline=known, **more)
+            x = torch.zeros(1, tokens, 2)
+            is_full = engine.begin(where)
+            if is_full:
+                engine.record(where, x, x + features(step)[:1, :1, :2], x + features(step)[1:, :1, :2])
+                full.append(step)
+            else:
+                engine.predict(where, x, lambda: x)  # noqa: B023
+            engine.end(where, is_full, lambda: 1.0)
+    assert full[::2] == full[1::2]
+    return full[::2]
+
+
+FLOW = Timeline((math.inf, *((50 - step) / step for step in range(1, 50))), "flow")
+
+
+class NotChecking(Engine):
+    checks_past = False
+
+
+@pytest.mark.parametrize("known", [FLOW, None])
+def test_the_first_full_step_tells_the_tokens_by_which_the_others_are_planned(known: Timeline | None) -> None:
+    engine = NotChecking(TAPConfig(full_steps=8))
+    for tokens in (512, 16, 512, 2048):  # one trajectory after the other, nothing is left of the last one's
+        as_seen = known and dataclasses.replace(known, tokens=tokens)
+        assert run_through(engine, tokens, known=known) == list(spaced_steps(TAPConfig(), 50, 8, as_seen, tokens))
+        assert not engine.report.fallbacks
+
+
+def test_tokens_of_all_ranks_count() -> None:
+    alone = run_through(NotChecking(TAPConfig(full_steps=8)), 512, known=FLOW)
+    together = [run_through(NotChecking(TAPConfig(full_steps=8), Together(512 - n)), n, known=FLOW) for n in (200, 312)]
+    assert together == [alone, alone]
+
+
+def test_a_given_schedule_and_the_paper_s_do_not_look_at_tokens() -> None:
+    given = (0, 4, 30)
+    assert run_through(NotChecking(TAPConfig(full_steps=given)), 4096, known=FLOW) == list(given)
+    for tokens in (16, 1024):
+        paper = run_through(NotChecking(TAPConfig.paper(interval=8)), tokens, known=FLOW)
+        assert paper == [0, 1, 2, 10, 18, 26, 34, 42]
+
+
+def test_only_the_steps_within_are_divided(recwarn: pytest.WarningsRecorder) -> None:
+    engine = NotChecking(TAPConfig(speedup=20))
+    part = dataclasses.replace(FLOW, noise=FLOW.noise[10:40], tokens=512)
+    inside = [10 + step for step in spaced_steps(TAPConfig(), 30, 6, part)]
+    assert run_through(engine, 512, known=FLOW, within=range(10, 40)) == sorted({*range(10), *inside, *range(40, 50)})
+    assert not recwarn
+
+
+def test_a_trajectory_that_begins_with_less_noise_is_planned_by_that() -> None:
+    rest = dataclasses.replace(FLOW, noise=FLOW.noise[20:])
+    full = run_through(NotChecking(TAPConfig(full_steps=8)), 1024, 30, rest)
+    assert full == list(spaced_steps(TAPConfig(), 30, 8, dataclasses.replace(rest, tokens=1024)))
+    assert full[0] == 0
+    assert full[3] > 3  # what the start decides is decided
+
+
+def test_the_rest_of_a_run_that_another_transformer_began_is_planned_by_its_noise() -> None:
+    rest = dataclasses.replace(FLOW, noise=FLOW.noise[20:])
+    more = {"steps_before": 20, "full_before": 5}
+    full = run_through(NotChecking(TAPConfig(full_steps=10)), 1024, 30, rest, **more)
+    assert full == list(spaced_steps(TAPConfig(), 30, 5, dataclasses.replace(rest, tokens=1024)))

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -17,8 +20,10 @@ from tap_diffusion.core.schedule import (
     growing_steps,
     paper_steps,
     plan,
+    spaced_steps,
     spectrum_steps,
 )
+from tap_diffusion.core.timeline import FEW, Timeline
 
 
 @pytest.mark.parametrize(("interval", "count"), [(4, 14), (6, 10), (8, 8)])
@@ -142,11 +147,6 @@ def test_growing_windows_lie_on_a_parabola_whose_last_window_is_cut_in_half(data
     assert all(abs(bend * i**2 + slope * i - step) <= 0.5 + 1e-9 for i, step in enumerate(full))
 
 
-def test_a_plan_with_growing_windows() -> None:
-    is_full = plan(TAPConfig(speedup=5, windows="growing"), 50, None)
-    assert [step for step in range(50) if is_full(step)] == list(growing_steps(50, 10))
-
-
 # ------------------------------------------------------------------------------------------------------- on the clock
 
 
@@ -164,6 +164,13 @@ def test_clock_steps_are_as_many_as_wanted_from_the_first_to_the_last_but_one(ga
 def test_clock_steps_are_the_nearest() -> None:
     clock = [step**2 for step in range(12)]  # wanted at 0, 25, 50, 75, 100
     assert clock_steps(clock, 5) == (0, 5, 7, 9, 10)
+
+
+def test_a_whole_window_is_left_at_the_end() -> None:
+    assert clock_steps(range(50), 8, tail=1.0) == (0, 6, 12, 19, 25, 31, 37, 44)  # 50 / 8 apart
+    assert clock_steps(range(48), 6, tail=1.0) == (0, 8, 16, 24, 32, 40)
+    assert clock_steps(range(48), 6, tail=0.5) == (0, 9, 17, 26, 34, 43)
+    assert clock_steps(range(4), 3, tail=1.0) == (0, 1, 2)
 
 
 def test_even_on_a_clock_that_counts_steps() -> None:
@@ -190,3 +197,59 @@ def test_few_steps_leave_few_to_predict() -> None:
     for steps, count in ((4, 4), (6, 6), (8, 6), (28, 6), (50, 10)):
         is_full = plan(TAPConfig(), steps, None)
         assert sum(map(is_full, range(steps))) == count
+
+
+# --------------------------------------------------------------------------------------------------- as the tokens see
+
+
+def flow(steps: int, shift: float = 1.0) -> tuple[float, ...]:
+    """σ/α of flow matching with that shift."""
+    return (math.inf, *(shift * (steps - step) / step for step in range(1, steps)))
+
+
+def planned(is_full: Callable[[int], bool], steps: int) -> list[int]:
+    return [step for step in range(steps) if is_full(step)]
+
+
+@pytest.mark.parametrize(("steps", "count"), [(50, 6), (50, 10), (50, 14), (28, 7), (28, 9)])
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_the_more_tokens_the_earlier_are_full_steps(steps: int, count: int, shift: float) -> None:
+    known = Timeline(flow(steps, shift), "flow")
+    config = TAPConfig(full_steps=count)
+    before = planned(plan(config, steps, known), steps)
+    assert before == planned(plan(config, steps, replace(known, tokens=FEW)), steps)
+    assert before == planned(plan(config, steps, replace(known, tokens=1)), steps)
+    for tokens in (128, 1024, 4096, 100_000):
+        full = planned(plan(config, steps, replace(known, tokens=tokens)), steps)
+        assert len(full) == count
+        assert full[0] == 0
+        assert sum(full) < sum(before)
+        before = full
+
+
+@given(st.integers(1, 120), st.integers(1, 120))
+def test_without_noise_few_tokens_have_full_steps_even_in_steps(steps: int, count: int) -> None:
+    even = clock_steps(range(steps), min(count, steps))
+    for tokens in (None, 16, FEW):
+        assert spaced_steps(TAPConfig(), steps, min(count, steps), None, tokens) == even
+    assert spaced_steps(TAPConfig(clock="step"), steps, min(count, steps), None, 4096) == even
+
+
+def test_without_noise_many_tokens_have_a_dense_start() -> None:
+    full = planned(plan(TAPConfig(full_steps=9), 50, None, 4096), 50)
+    assert full[:4] == [0, 2, 3, 6]
+    assert full[-1] in (43, 44)
+    assert len(full) == 9
+
+
+def test_a_part_of_the_steps_is_planned_as_a_trajectory_of_its_own() -> None:
+    known, part = Timeline(flow(50, 3.0), "flow", tokens=4096), range(10, 40)
+    outside = [*range(10), *range(40, 50)]
+    for config in (TAPConfig(), TAPConfig(full_steps=7), TAPConfig(interval=4)):
+        of_part = Timeline(known.noise[10:40], "flow", tokens=4096)
+        expected = [10 + step for step in planned(plan(config, 30, of_part), 30)]
+        assert planned(plan(config, 50, known, within=part), 50) == sorted({*outside, *expected})
+    given_steps = TAPConfig(full_steps=(0, 3, 12, 20), steps=20)  # of the whole run, whose length is known
+    assert planned(plan(given_steps, 50, known, within=part), 50) == sorted({*outside, 12, 20})
+    assert planned(plan(TAPConfig(), 50, known, within=range(0)), 50) == list(range(50))
+    assert planned(plan(TAPConfig(full_steps=(0, 3)), 50, known, within=range(50)), 50) == [0, 3]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -56,15 +55,6 @@ class TestCatalog:
 def test_no_class_is_both_supported_and_refused() -> None:
     assert not SPECS.keys() & REFUSED.keys()
     assert all(hasattr(diffusers, name) for name in [*SPECS, *REFUSED])
-
-
-def test_video_models_are_those_whose_pipelines_know_of_frames() -> None:
-    # Of videos, but with no pipeline that is not modular, or with a mere stand-in for one, where OpenCV is missing.
-    unheard = {"MiniMaxH3Transformer3DModel", "ConsisIDTransformer3DModel"}
-    for entry in (entry for entry in catalog.catalog() if entry.status == "works" and entry.name not in unheard):
-        calls = [inspect.signature(getattr(diffusers, pipeline).__call__).parameters for pipeline in entry.pipelines]
-        of_frames = any("frames" in name or name == "video_length" for call in calls for name in call)
-        assert SPECS[entry.name].video == of_frames, entry
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))

@@ -78,7 +78,7 @@ def test_wan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     plain = videos()
     found: dict[str, list[int]] = {}
-    with tap.enabled(pipe, tap.TAPConfig(full_steps=FULL, windows="even")):
+    with tap.enabled(pipe, tap.TAPConfig(full_steps=FULL)):
         engine = engine_of(pipe.transformer)
         begin = engine.begin
 

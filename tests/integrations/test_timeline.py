@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tap_diffusion.core.timeline import Timeline
+from tap_diffusion.core.schedule import clock_steps, growing_steps
+from tap_diffusion.core.timeline import EXPONENT, FEW, Timeline
 from tap_diffusion.integrations.diffusers.schedulers import timeline
 
 STEPS = 20
@@ -137,7 +138,7 @@ noises = st.tuples(
 @given(noises, st.data())
 def test_pace_and_clock_rise_from_the_first_step_to_the_last(noise: tuple[float, ...], data: st.DataObject) -> None:
     known = Timeline(noise, "flow", full_steps_of(noise, data))
-    for time in (known.pace, known.clock):
+    for time in (known.pace, known.spacing, replace(known, tokens=4096).spacing, known.clock):
         assert time[0] == 0
         assert all(a < b for a, b in pairwise(time))
         if len(noise) > 1:
@@ -177,11 +178,40 @@ def test_hindsight_is_never_negative_nor_infinite(anchor: int, data: st.DataObje
         assert (value > 1e-9) == (anchor + 1 < step < 19)  # a perfect model needs no help at the last step
 
 
-@pytest.mark.parametrize(("full", "share"), [(1, 0.1), (6, 0.6), (9, 0.9), (10, 1.0), (14, 1.0)])
-def test_fewer_than_ten_full_steps_shorten_slopes(full: int, share: float) -> None:
-    noise = (math.inf, *((50 - step) / step for step in range(1, 50)))
-    known = Timeline(noise, "flow", tuple(range(full)))
+WHOLE = (math.inf, *((50 - step) / step for step in range(1, 50)))
+
+
+@pytest.mark.parametrize("tokens", [None, 1, FEW, 512, 4096])
+def test_noise_as_so_many_tokens_see_it(tokens: int | None) -> None:
+    known = Timeline(WHOLE, "flow", tokens=tokens)
+    scale = max(tokens or FEW, FEW) / FEW
+    assert known.seen == pytest.approx([noise / scale**EXPONENT for noise in WHOLE])
+    assert (known.spacing == known.pace) == (scale == 1)
+    assert known.pace == Timeline(WHOLE, "flow").pace
+
+
+@pytest.mark.parametrize(("full", "share"), [(6, 0.6), (9, 0.9), (10, 1.0), (14, 1.0)])
+def test_fewer_than_ten_full_steps_that_are_dense_at_the_start_shorten_slopes(full: int, share: float) -> None:
+    known = Timeline(WHOLE, "flow", growing_steps(50, full))
     assert known.slopes == pytest.approx(share)
     assert replace(known, full=()).slopes == 1.0
     # From half way on, in the angle arcsin √σ, full steps are as dense as twice as many on the whole way.
-    assert replace(known, noise=noise[25:]).slopes == pytest.approx(min(1.0, 2 * share))
+    half = replace(known, noise=WHOLE[25:], full=growing_steps(25, full))
+    assert half.slopes == pytest.approx(min(1.0, 2 * share))
+
+
+@pytest.mark.parametrize("make", [flow, lambda: ddim("epsilon"), lambda: flow(shift=3.0)])
+def test_the_default_s_slopes_are_whole_where_tokens_are_few(make: Callable[[], Any]) -> None:
+    known = timeline(make(), 0)
+    assert known is not None
+    for steps in (STEPS, 8):
+        for count in range(1, steps):
+            part = replace(known, noise=known.noise[:steps])
+            assert replace(part, full=clock_steps(part.pace, count)).slopes == 1.0
+
+
+def test_slopes_are_in_between_where_windows_grow_a_little() -> None:
+    for tokens, share in ((64, 1.0), (128, 1.0), (512, 0.8), (4096, 0.8)):
+        known = Timeline(WHOLE, "flow", tokens=tokens)
+        full = clock_steps(known.spacing, 8, known.tail)
+        assert replace(known, full=full).slopes == pytest.approx(share, abs=0.03)

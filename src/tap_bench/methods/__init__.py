@@ -82,7 +82,7 @@ class Method:
 
 
 def schedules(setting: Setting) -> dict[str, tuple[int, ...]]:
-    """The schedules on which every method that has none of its own is tried: the paper's, even ones, and TAP's two."""
+    """The schedules on which methods without one of their own are tried: the paper's, even ones, TAP's, and growing."""
     steps, budget, timeline = setting.steps, setting.budget, setting.calibration.timeline
     found = {}
     if budget >= 3:
@@ -91,7 +91,7 @@ def schedules(setting: Setting) -> dict[str, tuple[int, ...]]:
     if budget >= 3:
         found["even after 2"] = even_steps(steps, budget, warmup=2)
     if timeline is not None:
-        found["even on the clock"] = clock_steps(timeline.pace, budget)
+        found["even on the clock"] = clock_steps(timeline.spacing, budget, timeline.tail)
     found["growing"] = growing_steps(steps, budget)
     return found
 
@@ -117,12 +117,6 @@ def on_engine(schedule: str, config: TAPConfig, engine: Callable[[TAPConfig], En
             yield
 
     return Variant(schedule, applied, config.to_dict())
-
-
-def on_pipeline(pipe: Any, config: TAPConfig) -> TAPConfig:
-    """What becomes of a configuration on a pipeline, whose kind of model decides what was left to it."""
-    with enabled(pipe, config):
-        return hooks(pipe)[0].engine.config
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tap_bench.methods import Method, Setting, Variant, forecaster, on_engine, on_pipeline
+from tap_bench.methods import Method, Setting, Variant, forecaster, on_engine
 from tap_diffusion.core.config import TAPConfig
 
 SOURCE = "arXiv 2603.03792"
@@ -14,8 +14,7 @@ OURS = "docs/beyond.md"
 
 def _recommended(name: str, **changes: Any) -> Method:
     def variants(setting: Setting) -> Iterator[Variant]:
-        config = on_pipeline(setting.pipe, TAPConfig(full_steps=setting.budget, **changes))
-        yield on_engine("growing" if config.windows == "growing" else "even on the clock", config)
+        yield on_engine("even on the clock", TAPConfig(full_steps=setting.budget, **changes))
 
     return Method(name, "tap", OURS, variants)
 

@@ -17,6 +17,7 @@ class Call:
         steps: of the trajectory, if a scheduler tells; may be more than will run (Wan 2.2 changes the transformer).
         timeline: the noise of these steps, likewise.
         unread: why there is no timeline though there is a scheduler, as one sentence.
+        within: steps that may be predicted, where the user wants others full; None: all.
         steps_before, full_before: steps, and full ones, that another transformer has made in the same run (Wan 2.2).
     """
 
@@ -27,5 +28,6 @@ class Call:
     steps: int | None = None
     timeline: Timeline | None = None
     unread: str | None = None
+    within: range | None = None
     steps_before: int = 0
     full_before: int = 0

@@ -12,13 +12,13 @@ from typing import Any, Literal, get_args
 
 from tap_diffusion.core.errors import ConfigError
 from tap_diffusion.core.predictors import FAMILIES
+from tap_diffusion.core.presets import PRESETS, STEPS
 
 Loss = Literal["cosine", "l2", "relative_l2", "l1"]
 Granularity = Literal["token", "sample", "batch"]
 Probe = Literal["modulated_input", "first_block"]
 CacheDType = Literal["model", "float32", "bfloat16", "float16"]
 Clock = Literal["noise", "step"]
-Windows = Literal["even", "growing"]
 
 MAX_ORDER = 8
 MAX_HISTORY = 64
@@ -34,7 +34,7 @@ class TAPConfig:
     Args:
         speedup: steps for each full one, where neither ``full_steps`` nor ``interval`` is given. At least 6 steps
             are full, or all where there are fewer.
-        full_steps: how many steps of a trajectory are full, spaced as ``windows`` says; or exactly which, counted
+        full_steps: how many steps of a trajectory are full, spaced as ``clock`` says; or exactly which, counted
             from its start, the first among them.
         interval: the paper's N: after the ``warmup`` one step in this many is full; 1: every step.
         warmup: full steps at the start of each trajectory, with ``interval``.
@@ -42,13 +42,10 @@ class TAPConfig:
             ``speedup`` means an ``interval`` of as much, rounded. Beside a tuple of ``full_steps``: the length that
             they are for; another is an error.
         clock: where full steps are even and how predictors extrapolate: in the ``step``, as in the paper, or by what
-            the scheduler's ``noise`` says: full steps are even in the pace at which features change
-            (:attr:`Timeline.pace <tap_diffusion.core.timeline.Timeline.pace>`), and predictors extrapolate in windows
-            between full steps, wherever these are
-            (:attr:`Timeline.clock <tap_diffusion.core.timeline.Timeline.clock>`). The step where it says nothing.
-        windows: between full steps that are not given one by one: ``even`` as ``clock`` says, or ``growing``, dense at
-            the start (:func:`~tap_diffusion.core.schedule.growing_steps`). None: growing for models of videos, where
-            the first steps decide what moves where, and even for all others.
+            the scheduler's ``noise`` says: full steps are even in a time that is the denser at the start the more
+            tokens a picture or video has (:attr:`Timeline.spacing <tap_diffusion.core.timeline.Timeline.spacing>`;
+            ``tap plan`` shows which), and predictors extrapolate in windows between full steps, wherever these are
+            (:attr:`Timeline.clock <tap_diffusion.core.timeline.Timeline.clock>`).
         hindsight: share of the error of the predicted steps that the next full step makes up for
             (:meth:`Timeline.hindsight <tap_diffusion.core.timeline.Timeline.hindsight>`): 1 all, 0 nothing, as in the
             paper. It costs another predicted step at each full step, and needs to know the scheduler.
@@ -56,8 +53,8 @@ class TAPConfig:
         orders: orders of the candidates. Order 0 reuses the newest anchor; order m needs m + 1 anchors. With a
             single order and ``horizon_span=0`` nothing is left to choose: a fixed predictor, and no probe runs.
         slopes: share of each candidate's extrapolation that is carried out, the rest being reuse of the newest anchor:
-            1 all of it, as in the paper, 0 nothing. None: all, but with ``growing`` windows and fewer than ten full
-            steps a tenth for each (:attr:`Timeline.slopes <tap_diffusion.core.timeline.Timeline.slopes>`), and nothing
+            1 all of it, as in the paper, 0 nothing. None: all, but with fewer than ten full steps that are dense at the
+            start a tenth for each (:attr:`Timeline.slopes <tap_diffusion.core.timeline.Timeline.slopes>`), and nothing
             where the scheduler adds fresh noise and the model does not predict noise
             (:attr:`Timeline.reuses <tap_diffusion.core.timeline.Timeline.reuses>`).
         history: anchors to keep, for families that use more than the largest order plus one, which is the default.
@@ -88,7 +85,6 @@ class TAPConfig:
     warmup: int = 3
     steps: int | None = None
     clock: Clock = "noise"
-    windows: Windows | None = None
     hindsight: float = 1.0
     family: str = "newton"
     orders: tuple[int, ...] = (1, 2)
@@ -123,7 +119,6 @@ class TAPConfig:
         self._require("warmup", _is_int(self.warmup) and self.warmup >= 1, "an integer of at least 1")
         self._require("steps", self.steps is None or (_is_int(self.steps) and self.steps >= 1), "None or at least 1")
         self._require("clock", self.clock in get_args(Clock), _one_of(get_args(Clock)))
-        self._require("windows", self.windows in (None, *get_args(Windows)), f"None or {_one_of(get_args(Windows))}")
         self._require("hindsight", _is_number(self.hindsight) and 0 <= self.hindsight <= 2, "a number from 0 to 2")
         self._require("family", self.family in list(FAMILIES), _one_of(FAMILIES))  # a list, since JSON gives any value
         self._require(
@@ -179,6 +174,31 @@ class TAPConfig:
             slopes=1.0, horizon_span=4.0, horizon_step=1.0, loss="cosine", granularity="token",
             probe="modulated_input", sketch=1,
         )  # fmt: skip
+        return cls(**settings | changes)
+
+    @classmethod
+    def preset(cls, model: str, full_steps: int, **changes: Any) -> TAPConfig:
+        """The full steps that a search on a real model found (arXiv 2609.39343), for trajectories of 50 steps.
+
+        Other trajectories are refused: there, and with other numbers of full steps, the default spacing is meant.
+
+        Args:
+            model: ``flux.1-dev``, ``qwen-image``, ``wan2.1-1.3b`` or ``hunyuan-video``.
+            full_steps: 9, 13 or 21.
+            changes: other fields.
+
+        Raises:
+            ConfigError: there is none. The message names those that there are.
+        """
+        if model not in PRESETS:
+            raise ConfigError(f"there is no preset for {model!r}; there are {', '.join(PRESETS)}")
+        found = PRESETS[model]
+        if full_steps not in found:
+            raise ConfigError(
+                f"no search for {full_steps} full steps on {model} is known, only for {', '.join(map(str, found))};"
+                f" TAPConfig(full_steps={full_steps}) spaces them by a rule"
+            )
+        settings: dict[str, Any] = {"full_steps": found[full_steps], "steps": STEPS}
         return cls(**settings | changes)
 
     @property

@@ -67,6 +67,8 @@ class Engine:
         self._timeline: Timeline | None = None
         self._planning = config  # which steps are full, of this transformer's share of the run
         self._steps: int | None = None
+        self._within: range | None = None
+        self._tokens: int | None = None  # of a stream, on all ranks; the first full call tells
         self._may_have_ended = False
 
     @property
@@ -89,8 +91,9 @@ class Engine:
         if call.starts_trajectory:
             self.finish()
             self.report = Report(trajectories=self.report.trajectories + 1)
-            self._timeline, self._steps = call.timeline, call.steps
+            self._timeline, self._steps, self._within = call.timeline, call.steps, call.within
             self._planning = for_the_rest(self.config, call.steps, call.steps_before, call.full_before)
+            self._tokens = None
             self._even_clock()
             if call.unread is not None and self.config.predicts:
                 self.report.notes.append(f"steps count alike and nothing is made up for: {call.unread}")
@@ -104,18 +107,32 @@ class Engine:
                 self._awaited[call.branch] = True
             self.fall_back(call, f"{reason}, noticed a step late")
             return True
-        if plan(self._planning, self._steps, self._timeline)(call.step):
+        if self._plan(call.step):
             return True
         if call.branch not in self._histories:
             self.fall_back(call, self._lost.get(call.branch, "the branch has only just begun"))
             return True
         return False
 
+    @property
+    def _plan(self) -> Callable[[int], bool]:
+        """Which steps of this trajectory are full. Before its first full call has told the tokens, the first alone is
+        sure."""
+        return plan(self._planning, self._steps, self._timeline, self._tokens, self._within)
+
     def _even_clock(self) -> None:
         """Make the clock even on the full steps of the trajectory that begins."""
         if self._timeline is not None:
-            is_full = plan(self._planning, self._steps, self._timeline)
-            self._timeline = replace(self._timeline, full=tuple(filter(is_full, range(len(self._timeline)))))
+            self._timeline = replace(self._timeline, full=(), tokens=self._tokens)
+            full = tuple(filter(self._plan, range(len(self._timeline))))
+            self._timeline = replace(self._timeline, full=full)
+
+    @uncompiled
+    def _count_tokens(self, stream: Tensor) -> None:
+        """Plan for as many tokens as all ranks together have of a stream (B, N, D)."""
+        count = torch.tensor(stream.shape[1], device=stream.device) if self._ranks.several else None
+        self._tokens = stream.shape[1] if count is None else int(self._ranks.total(count))
+        self._even_clock()
 
     @uncompiled
     def end(self, call: Call, full: bool, milliseconds: Callable[[], float]) -> None:
@@ -167,7 +184,7 @@ class Engine:
         moved = set(map(id, calls))
         other.report.calls = [call for call in other.report.calls if id(call) not in moved]
         self._timeline, self._steps, self._may_have_ended = other._timeline, other._steps, True
-        self._planning = other._planning
+        self._planning, self._within, self._tokens = other._planning, other._within, other._tokens
 
     def finish(self) -> None:
         """End the current trajectory, whether or not its last step was seen."""
@@ -215,12 +232,12 @@ class Engine:
     def _say_how_many(self, fallbacks: str) -> None:
         report, config, steps = self.report, self._planning, self._steps
         ran = f"TAP ran {report.full_steps} of {report.steps} steps in full"
-        planned = sum(map(plan(config, steps, self._timeline), {step for step, _, _ in report.calls}))
+        planned = sum(map(self._plan, {step for step, _, _ in report.calls}))
         if report.full_steps > planned:
             warn(f"{ran} where {planned} were planned: {fallbacks}.")
         elif isinstance(config.full_steps, int) and config.full_steps > report.full_steps and report.steps == steps:
             warn(f"{ran}, and not {config.full_steps} as full_steps asks.")
-        elif config.full_steps is None and config.interval is None and steps is not None:
+        elif config.full_steps is None and config.interval is None and steps is not None and self._within is None:
             wanted = round(steps / config.speedup)
             if wanted < FEWEST and report.full_steps > wanted:
                 warn(
@@ -277,6 +294,8 @@ class Engine:
         """
         if not self.config.predicts:
             return
+        if self._tokens is None:
+            self._count_tokens(before)
         residual = (after - before).to(before.dtype)
         if probe is not None:
             probe = self._sketched(probe)
@@ -462,7 +481,7 @@ def _coefficients(
     if _reuses(config, timeline):
         members, weights, slopes = members[:1], weights[:1], 0.0
     elif slopes is None:
-        slopes = timeline.slopes if timeline is not None and config.windows == "growing" else 1.0
+        slopes = 1.0 if timeline is None else timeline.slopes
     weights *= slopes
     weights[:, 0] += 1 - slopes
     return members, torch.from_numpy(np.linalg.solve(difference_matrix(times).T, weights.T).T)

@@ -15,13 +15,21 @@ FEWEST = 6  # full steps that a speed-up leaves: with fewer, windows are longer 
 
 
 @lru_cache(maxsize=64)
-def plan(config: TAPConfig, steps: int | None, timeline: Timeline | None) -> Callable[[int], bool]:
+def plan(
+    config: TAPConfig,
+    steps: int | None,
+    timeline: Timeline | None,
+    tokens: int | None = None,
+    within: range | None = None,
+) -> Callable[[int], bool]:
     """Which steps of a trajectory are full.
 
     Args:
         config: its ``full_steps``, ``interval`` or ``speedup``, in this order.
         steps: of the trajectory; None where nobody knows.
-        timeline: its noise, where it is known.
+        timeline: its noise as its tokens see it, where it is known.
+        tokens: of the stream, which count where there is no timeline; None: not known yet.
+        within: steps among which the configuration divides, where all others are full whatever it says; None: all.
 
     Returns:
         A function of the step, counted from the start of the trajectory.
@@ -30,6 +38,8 @@ def plan(config: TAPConfig, steps: int | None, timeline: Timeline | None) -> Cal
         ConfigError: a number of full steps is asked for, and nobody knows of how many steps; or the full steps are
             for another number of steps.
     """
+    if within is not None:
+        return _plan_within(config, timeline, tokens, within)
     if isinstance(config.full_steps, tuple):
         if config.steps is not None and steps is not None and steps != config.steps:
             raise ConfigError(
@@ -50,8 +60,21 @@ def plan(config: TAPConfig, steps: int | None, timeline: Timeline | None) -> Cal
         return lambda step: is_full_step(step, interval, config.warmup)
     assert steps is not None
     count = _count(config, steps)
-    full = frozenset(spaced_steps(config, steps, count, timeline))
+    full = frozenset(spaced_steps(config, steps, count, timeline, tokens))
     return lambda step: step in full or step >= steps  # none is predicted that was not planned
+
+
+def _plan_within(
+    config: TAPConfig, timeline: Timeline | None, tokens: int | None, within: range
+) -> Callable[[int], bool]:
+    if isinstance(config.full_steps, tuple):
+        given = config.full_steps
+        return lambda step: step == 0 or step not in within or step in given
+    if not within:
+        return lambda _: True
+    part = None if timeline is None else replace(timeline, noise=timeline.noise[within.start : within.stop], full=())
+    is_full = plan(config, len(within), part, tokens)
+    return lambda step: step not in within or is_full(step - within.start)
 
 
 def for_the_rest(config: TAPConfig, steps: int | None, steps_before: int, full_before: int) -> TAPConfig:
@@ -83,11 +106,14 @@ def _count(config: TAPConfig, steps: int) -> int:
     return config.full_steps or max(min(FEWEST, steps), round(steps / config.speedup))
 
 
-def spaced_steps(config: TAPConfig, steps: int, count: int, timeline: Timeline | None) -> tuple[int, ...]:
-    """``count`` full steps of a trajectory, with ``windows`` on the ``clock`` of a configuration between them."""
-    if config.windows == "growing":
-        return growing_steps(steps, count)
-    return clock_steps(range(steps) if timeline is None or config.clock == "step" else timeline.pace, count)
+def spaced_steps(
+    config: TAPConfig, steps: int, count: int, timeline: Timeline | None, tokens: int | None = None
+) -> tuple[int, ...]:
+    """``count`` full steps of a trajectory, even on the ``clock`` of a configuration (arguments as in :func:`plan`)."""
+    if config.clock == "step":
+        return clock_steps(range(steps), count)
+    known = Timeline.of_steps(steps, tokens) if timeline is None else timeline
+    return clock_steps(known.spacing, count, known.tail)
 
 
 def is_full_step(step: int, interval: int, warmup: int) -> bool:
@@ -179,12 +205,14 @@ def growing_steps(steps: int, count: int) -> tuple[int, ...]:
     return tuple(round(i + growth * i * (i - 1) / 2) for i in range(count))
 
 
-def clock_steps(clock: Sequence[float], count: int) -> tuple[int, ...]:
-    """``count`` full steps, evenly spaced on a clock from the first step to the last but one.
+def clock_steps(clock: Sequence[float], count: int, tail: float = 0.0) -> tuple[int, ...]:
+    """``count`` full steps, evenly spaced on a clock from the first step to the last but one, or earlier.
 
     Args:
         clock: time of each step, increasing.
         count: full steps wanted; all steps are full where there are no more.
+        tail: how much of a window is left after the last full step: 0: it is the last step but one; 1: a whole window,
+            up to the end; linear in between.
 
     Raises:
         ValueError: ``count`` is less than 1.
@@ -193,11 +221,12 @@ def clock_steps(clock: Sequence[float], count: int) -> tuple[int, ...]:
     last = len(clock) - 2
     if count > last:
         return tuple(range(min(count, len(clock))))
+    end = (1 - tail) * clock[last] + tail * (2 * clock[-1] - clock[last])
     full = [0]
     for i in range(1, count):
-        wanted = clock[0] + (clock[last] - clock[0]) * i / (count - 1)
+        wanted = clock[0] + (end - clock[0]) * i / (count - 1 + tail)
         possible = range(full[-1] + 1, last - (count - 1 - i) + 1)
-        full.append(min(possible, key=lambda step: abs(clock[step] - wanted)))
+        full.append(min(possible, key=lambda step: round(abs(clock[step] - wanted), 9)))
     return tuple(full)
 
 

@@ -13,6 +13,13 @@ from numpy.typing import NDArray
 
 Prediction = Literal["flow", "epsilon", "v_prediction", "sample"]
 
+FEW = 64  # tokens of the pictures at which the pace was chosen; fewer count as so many
+EXPONENT = 0.9  # k of the noise as N tokens see it, σ/α over (N / 64)^k (docs/schedule.md)
+EVEN, DENSE = (
+    0.45,
+    0.4,
+)  # mean place of the full steps on the pace: as good as even, and dense at the start
+
 
 @dataclass(frozen=True)
 class Timeline:
@@ -26,6 +33,7 @@ class Timeline:
         full: steps that are full, the first among them, on which the clock is even; without them it is the pace.
         fresh_noise: the class of the scheduler, where its steps add random noise; None where they add none.
         kept: correlation of the noise in a latent with that in the next one, median over the steps; 1: none is fresh.
+        tokens: of the stream, N, all frames of a video together; None: not known yet, which counts as few.
     """
 
     noise: tuple[float, ...]
@@ -33,9 +41,47 @@ class Timeline:
     full: tuple[int, ...] = ()
     fresh_noise: str | None = None
     kept: float = 1.0
+    tokens: int | None = None
 
     def __len__(self) -> int:
         return len(self.noise)
+
+    @classmethod
+    def of_steps(cls, steps: int, tokens: int | None) -> Timeline:
+        """What stands in for the noise where nobody tells it: such that few tokens have a spacing even in steps.
+
+        Args:
+            steps: of the trajectory, at least 1.
+            tokens: of the stream, or None.
+        """
+        noise = tuple(math.tan(math.pi / 2 * (1 - step / steps)) ** 2 for step in range(1, steps))
+        return cls((math.inf, *noise), None, tokens=tokens)
+
+    @cached_property
+    def seen(self) -> tuple[float, ...]:
+        """The noise of each step as so many tokens see it: σ/α over (N / 64)^k; σ/α itself where there are fewer.
+
+        The layout of a picture is spread over all tokens, over which the noise of each averages out: the more there
+        are, the earlier it is decided (docs/schedule.md).
+        """
+        scale = (max(self.tokens or FEW, FEW) / FEW) ** EXPONENT
+        return tuple(noise / scale for noise in self.noise)
+
+    @property
+    def tail(self) -> float:
+        """How much of a window is left after the last full step (:func:`~tap_diffusion.core.schedule.clock_steps`).
+
+        1 - 64 / N: few tokens want a full step just before the end, many rather shorter windows everywhere.
+        """
+        return 1 - FEW / max(self.tokens or FEW, FEW)
+
+    @cached_property
+    def spacing(self) -> tuple[float, ...]:
+        """Time in which full steps are even, from 0 to len - 1: the pace, but with the noise as so many tokens see it.
+
+        It explains what searches found on real models (docs/schedule.md). Few tokens have the pace itself.
+        """
+        return _halfway(self.seen)
 
     @cached_property
     def pace(self) -> tuple[float, ...]:
@@ -45,10 +91,7 @@ class Timeline:
         while in steps they change fast at both ends; but an early error also does more harm than a late one. Halfway
         did best on a flow matching and a noise predicting model (docs/beyond.md).
         """
-        last = max(len(self) - 1, 1)
-        angles = [math.atan(math.sqrt(noise)) for noise in self.noise]
-        span = angles[0] - angles[-1] or 1.0
-        return tuple((step + last * (angles[0] - angle) / span) / 2 for step, angle in enumerate(angles))
+        return _halfway(self.noise)
 
     @cached_property
     def clock(self) -> tuple[float, ...]:
@@ -67,13 +110,18 @@ class Timeline:
 
     @property
     def slopes(self) -> float:
-        """Share of the slopes seen at n full steps to carry on in windows that grow: n / 10 with n < 10, else 1.
+        """Share of the slopes seen at n full steps to carry on: n / 10 where n < 10 are dense at the start, else 1.
 
-        The longer windows are, the less the change in one tells of the next (docs/beyond.md). Where a trajectory begins
-        with less than pure noise (image to image), n counts as for the whole way of which it is part.
+        Where windows grow, the change in one tells less of the next the longer they are (docs/beyond.md). Whether they
+        grow, the full steps' mean place on the pace tells: a half where they are even, a third on a parabola. Where a
+        trajectory begins with less than pure noise (image to image), n counts as for the whole way of which it is part.
         """
+        if len(self.full) < 2 or len(self) < 3:
+            return 1.0
+        mean = sum(self.pace[step] for step in self.full) / (len(self.full) * self.pace[-2])
+        growth = min(1.0, max(0.0, (EVEN - mean) / (EVEN - DENSE)))
         way = math.atan(math.sqrt(self.noise[0])) / (math.pi / 2)
-        return min(1.0, len(self.full) / (10 * way)) if self.full else 1.0
+        return 1 - growth * (1 - min(1.0, len(self.full) / (10 * way)))
 
     @property
     def reuses(self) -> bool:
@@ -139,3 +187,11 @@ class Timeline:
                 clean, noisy, slope = (0.0, 1.0), (1 / sigma, -alpha / sigma), np.zeros_like(sigma)
         by_x, by_output = (next_alpha * c + next_sigma * n for c, n in zip(clean, noisy, strict=True))
         return by_x, by_output, slope
+
+
+def _halfway(noises: Sequence[float]) -> tuple[float, ...]:
+    """Halfway between step and arctan √noise, from 0 to len - 1."""
+    last = max(len(noises) - 1, 1)
+    angles = [math.atan(math.sqrt(noise)) for noise in noises]
+    span = angles[0] - angles[-1] or 1.0
+    return tuple((step + last * (angles[0] - angle) / span) / 2 for step, angle in enumerate(angles))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -46,7 +45,7 @@ class Passes:
     def __init__(self, config: TAPConfig, spec: TransformerSpec, ranks: Ranks | None = None) -> None:
         self.spec = spec
         self.left_alone: str | None = None
-        self.engine = Engine(settled(config, spec), ranks)
+        self.engine = Engine(config, ranks)
 
     @uncompiled_itself
     def run(self, depth: Depth, calls: Sequence[Call], forward: Forward, device: torch.device) -> Any:
@@ -219,11 +218,6 @@ class Passes:
 
     def _untokens(self, x: Tensor, like: Tensor) -> Tensor:
         return (x.transpose(0, 1) if self.spec.tokens_first else x).reshape(like.shape)
-
-
-def settled(config: TAPConfig, spec: TransformerSpec) -> TAPConfig:
-    """A configuration with what it leaves to the model's class."""
-    return config if config.windows else replace(config, windows="growing" if spec.video else "even")
 
 
 @uncompiled

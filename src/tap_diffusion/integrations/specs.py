@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,6 @@ class TransformerSpec:
         full_only: arguments of the transformer that predicted steps go without, since its blocks have to use them up.
         unread: submodules (or lists of them), mostly embeddings of text and of positions, whose output reaches neither
             the stream nor the modulated input nor the head. Predicted steps go without them.
-        video: it makes videos, for which another schedule is the default, and with it shorter slopes.
         note: for users, in the table of models.
     """
 
@@ -65,7 +63,6 @@ class TransformerSpec:
     conditioning: str = "encoder_hidden_states"
     full_only: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
-    video: bool = False
     note: str = ""
 
     @property
@@ -74,7 +71,6 @@ class TransformerSpec:
         return any(stream.head is None for stream in self.streams)
 
 
-_video = partial(TransformerSpec, video=True)
 _TEXT_FIRST = ("encoder_hidden_states", "hidden_states")
 _TEXT_LAST = ("hidden_states", "encoder_hidden_states")
 _DUAL_SINGLE = ("transformer_blocks", "single_transformer_blocks")
@@ -89,84 +85,84 @@ SPECS: dict[str, TransformerSpec] = {
     "QwenImageTransformer2DModel": TransformerSpec(
         ("transformer_blocks",), _TO_NORM_OUT, outputs=_TEXT_FIRST, unread=("txt_norm", "txt_in", "pos_embed"),
     ),
-    "HunyuanVideoTransformer3DModel": _video(
+    "HunyuanVideoTransformer3DModel": TransformerSpec(
         _DUAL_SINGLE, _TO_NORM_OUT, outputs=_TEXT_LAST, modulated_norm="norm1", unread=("context_embedder", "rope"),
     ),
     "SD3Transformer2DModel": TransformerSpec(
         ("transformer_blocks",), _TO_NORM_OUT, outputs=_TEXT_FIRST, modulated_norm="norm1",
         unread=("context_embedder",),
     ),
-    "WanTransformer3DModel": _video(("blocks",), unread=_WAN_EMBEDDERS),
+    "WanTransformer3DModel": TransformerSpec(("blocks",), unread=_WAN_EMBEDDERS),
     # Video
-    "WanVACETransformer3DModel": _video(
+    "WanVACETransformer3DModel": TransformerSpec(
         ("blocks",), _TO_NORM_OUT, bypassed={"vace_blocks": ("control_hidden_states", "control_hidden_states")},
         unread=(*_WAN_EMBEDDERS, "vace_patch_embedding"),
     ),
-    "WanAnimateTransformer3DModel": _video(
+    "WanAnimateTransformer3DModel": TransformerSpec(
         ("blocks",), _TO_NORM_OUT, bypassed={"face_adapter": ("hidden_states",)},
         unread=(*_WAN_EMBEDDERS, "motion_encoder", "face_encoder"),
     ),
-    "LTXVideoTransformer3DModel": _video(("transformer_blocks",), unread=("caption_projection", "rope")),
-    "LTX2VideoTransformer3DModel": _video(
+    "LTXVideoTransformer3DModel": TransformerSpec(("transformer_blocks",), unread=("caption_projection", "rope")),
+    "LTX2VideoTransformer3DModel": TransformerSpec(
         ("transformer_blocks",), (Stream(), Stream("audio_hidden_states")),
         outputs=("hidden_states", "audio_hidden_states"), probe=False,
     ),
-    "CogVideoXTransformer3DModel": _video(
+    "CogVideoXTransformer3DModel": TransformerSpec(
         ("transformer_blocks",), outputs=_TEXT_LAST, unread=("patch_embed.text_proj",),
     ),
-    "SkyReelsV2Transformer3DModel": _video(
+    "SkyReelsV2Transformer3DModel": TransformerSpec(
         ("blocks",), note="With `ar_step`, steps are predicted only after the last frames have begun.",
         unread=_WAN_EMBEDDERS,
     ),
-    "ChronoEditTransformer3DModel": _video(("blocks",), unread=_WAN_EMBEDDERS),
-    "MochiTransformer3DModel": _video(
+    "ChronoEditTransformer3DModel": TransformerSpec(("blocks",), unread=_WAN_EMBEDDERS),
+    "MochiTransformer3DModel": TransformerSpec(
         ("transformer_blocks",), outputs=_TEXT_LAST, modulated_norm="norm1", rising=True,
         unread=("time_embed.caption_proj", "rope"),
     ),
-    "CosmosTransformer3DModel": _video(("transformer_blocks",), unread=("rope",)),
-    "AllegroTransformer3DModel": _video(("transformer_blocks",), unread=("caption_projection",)),
-    "LatteTransformer3DModel": _video(
+    "CosmosTransformer3DModel": TransformerSpec(("transformer_blocks",), unread=("rope",)),
+    "AllegroTransformer3DModel": TransformerSpec(("transformer_blocks",), unread=("caption_projection",)),
+    "LatteTransformer3DModel": TransformerSpec(
         ("transformer_blocks",), _TO_NORM_OUT, bypassed={"temporal_transformer_blocks": ("hidden_states",)},
         unread=("caption_projection",),
     ),
-    "EasyAnimateTransformer3DModel": _video(
+    "EasyAnimateTransformer3DModel": TransformerSpec(
         ("transformer_blocks",), outputs=_TEXT_LAST, unread=("text_proj", "rope_embedding"),
     ),
-    "ConsisIDTransformer3DModel": _video(
+    "ConsisIDTransformer3DModel": TransformerSpec(
         ("transformer_blocks",), (Stream(head="norm_final", behind_text=True),), outputs=_TEXT_LAST,
         unread=("patch_embed.text_proj", "local_facial_extractor", "perceiver_cross_attention"),
     ),
-    "HeliosTransformer3DModel": _video(("blocks",), unread=("condition_embedder.text_embedder", "rope")),
-    "AnyFlowTransformer3DModel": _video(("blocks",), unread=("condition_embedder.text_embedder", "rope")),
-    "Cosmos3OmniTransformer": _video(
+    "HeliosTransformer3DModel": TransformerSpec(("blocks",), unread=("condition_embedder.text_embedder", "rope")),
+    "AnyFlowTransformer3DModel": TransformerSpec(("blocks",), unread=("condition_embedder.text_embedder", "rope")),
+    "Cosmos3OmniTransformer": TransformerSpec(
         ("layers",), (Stream("gen_seq", head="norm_moe_gen"),), outputs=("und_seq", "gen_seq"),
         modulated_norm="input_layernorm_moe_gen", timestep="vision_timesteps", conditioning="input_ids",
         unread=("rotary_emb",),
     ),
     # Audio, and image and video models that stand apart. Some reorder or cut the stream in front of the head, or add
     # to it there what entered the first block (LongCat): for those, and wherever nothing is added, the last block.
-    "Kandinsky5Transformer3DModel": _video(
+    "Kandinsky5Transformer3DModel": TransformerSpec(
         ("visual_transformer_blocks",), (Stream("visual_embed"),),
         unread=("text_embeddings", "text_transformer_blocks", "text_rope_embeddings", "visual_rope_embeddings"),
     ),
     "Kandinsky6SRTransformer3DModel": TransformerSpec(
         ("visual_transformer_blocks",), unread=("visual_rope_embeddings",),
     ),
-    "Kandinsky6Transformer3DModel": _video(
+    "Kandinsky6Transformer3DModel": TransformerSpec(
         ("visual_transformer_blocks",), (Stream("vis", "out_layer"), Stream("aud", "audio_out_layer")),
         outputs=("vis", "aud"), probe=False,
     ),
-    "SanaVideoTransformer3DModel": _video(
+    "SanaVideoTransformer3DModel": TransformerSpec(
         ("transformer_blocks",), _TO_NORM_OUT, unread=("caption_projection", "caption_norm", "rope"),
     ),
-    "SanaWMTransformer3DModel": _video(
+    "SanaWMTransformer3DModel": TransformerSpec(
         ("blocks",), (Stream("x"),), unread=("y_embedder", "attention_y_norm", "plucker_embedder", "rope"),
     ),
     "StableAudioDiTModel": TransformerSpec(("transformer_blocks",), unread=("cross_attention_proj",)),
     "StableAudio3DiTModel": TransformerSpec(("transformer_blocks",), unread=("to_cond_embed", "rotary_pos_emb")),
     "AceStepTransformer1DModel": TransformerSpec(("layers",), unread=("condition_embedder",)),
     "LongCatAudioDiTTransformer": TransformerSpec(("blocks",), unread=("rotary_embed",)),
-    "MiniMaxH3Transformer3DModel": _video(("transformer_blocks",), rising=True, unread=("rope",)),
+    "MiniMaxH3Transformer3DModel": TransformerSpec(("transformer_blocks",), rising=True, unread=("rope",)),
     "MiniMaxMusic3Transformer1DModel": TransformerSpec(("transformer_blocks",), rising=True, unread=("rotary_emb",)),
     # joint attention of two streams
     **dict.fromkeys(
@@ -183,7 +179,7 @@ SPECS: dict[str, TransformerSpec] = {
         _DUAL_SINGLE, _TO_NORM_OUT, outputs=_TEXT_LAST, modulated_norm="norm1",
         unread=("context_embedder", "context_embedder_2", "rope"),
     ),
-    "MotifVideoTransformer3DModel": _video(
+    "MotifVideoTransformer3DModel": TransformerSpec(
         _DUAL_SINGLE, _TO_NORM_OUT, outputs=_TEXT_LAST, modulated_norm="norm1", unread=("context_embedder", "rope"),
     ),
     "AuraFlowTransformer2DModel": TransformerSpec(
@@ -204,12 +200,12 @@ SPECS: dict[str, TransformerSpec] = {
         ("double_stream_blocks", "single_stream_blocks"), (Stream(head="final_layer"),), outputs=_TEXT_LAST,
         timestep="timesteps", conditioning="encoder_hidden_states_t5", unread=("caption_projection", "pe_embedder"),
     ),
-    "HunyuanVideo15Transformer3DModel": _video(
+    "HunyuanVideo15Transformer3DModel": TransformerSpec(
         ("transformer_blocks",), _TO_NORM_OUT, outputs=_TEXT_LAST, modulated_norm="norm1",
         unread=("context_embedder", "context_embedder_2", "image_embedder", "cond_type_embed", "rope"),
     ),
     # No head: only the tokens of the new frames go there, without those of the history.
-    "HunyuanVideoFramepackTransformer3DModel": _video(
+    "HunyuanVideoFramepackTransformer3DModel": TransformerSpec(
         _DUAL_SINGLE, outputs=_TEXT_LAST, modulated_norm="norm1",
         unread=("context_embedder", "image_projection", "rope"),
     ),

@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 
 import typer
 
-from tap_diffusion.apps.cli import generate, models, options, ui
+from tap_diffusion.apps.cli import generate, models, options, plan, ui
 from tap_diffusion.core.errors import UsageError
 
 GROUP = "tap_diffusion.commands"  # of entry points: a command's name, and its function
@@ -52,3 +52,4 @@ for _name in dict.fromkeys([*BENCH, *_added]):
         )(_missing(_name))
 app.command()(ui.ui)
 app.command()(models.models)
+app.command()(plan.plan)

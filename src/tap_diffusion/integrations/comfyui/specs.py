@@ -12,18 +12,18 @@ from tap_diffusion.integrations.specs import Stream, TransformerSpec
 
 # ComfyUI's classes, comfy/ldm/**. Of some attentions only the parts are called: there the modulated input is what
 # enters the first linear layer.
-_spec, _video = TransformerSpec, partial(TransformerSpec, video=True)
+_spec = TransformerSpec
 _DOUBLE_SINGLE: dict[str, Any] = {
     "blocks": ("double_blocks", "single_blocks"), "streams": (Stream("img", "final_layer"),),
     "outputs": ("img", "txt"), "attention": "img_attn.qkv",
 }  # fmt: skip
-_wan = partial(_video, ("blocks",), (Stream("x", "head"),), attention="self_attn")
+_wan = partial(_spec, ("blocks",), (Stream("x", "head"),), attention="self_attn")
 SPECS: dict[str, TransformerSpec] = {
     "Flux": _spec(**_DOUBLE_SINGLE),
     "Chroma": _spec(**_DOUBLE_SINGLE),
     # Its head is a small network that takes the stream in the second place.
     "ChromaRadiance": _spec(**_DOUBLE_SINGLE | {"streams": (Stream("img", behind_text=True),)}),
-    "HunyuanVideo": _video(**_DOUBLE_SINGLE),
+    "HunyuanVideo": _spec(**_DOUBLE_SINGLE),
     "Hunyuan3Dv2": _spec(**_DOUBLE_SINGLE),
     "QwenImageTransformer2DModel": _spec(
         ("transformer_blocks",), (Stream("hidden_states", "norm_out"),),
@@ -51,9 +51,9 @@ SPECS: dict[str, TransformerSpec] = {
     "HumoWanModel": _wan(),
     "AnimateWanModel": _wan(full_only=("face_pixel_values",)),
     "WanModel_S2V": _wan(full_only=("audio_embed",)),
-    "LTXVModel": _video(("transformer_blocks",), (Stream("x", "norm_out"),), attention="attn1"),
-    "MiniTrainDIT": _video(("blocks",), (Stream("x_B_T_H_W_D", "final_layer"),), attention="self_attn"),
-    "AsymmDiTJoint": _video(
+    "LTXVModel": _spec(("transformer_blocks",), (Stream("x", "norm_out"),), attention="attn1"),
+    "MiniTrainDIT": _spec(("blocks",), (Stream("x_B_T_H_W_D", "final_layer"),), attention="self_attn"),
+    "AsymmDiTJoint": _spec(
         ("blocks",), (Stream("x", "final_layer"),), outputs=("x", "y"), attention="attn.qkv_x",
     ),
     "ACEStepTransformer2DModel": _spec(

@@ -14,7 +14,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -26,12 +25,11 @@ from tap_diffusion.core.call import Call
 from tap_diffusion.core.config import TAPConfig
 from tap_diffusion.core.errors import ConfigError, UnsupportedModelError, told_by, warn
 from tap_diffusion.core.report import Report
-from tap_diffusion.core.schedule import plan
 from tap_diffusion.core.timeline import Timeline
 from tap_diffusion.integrations.comfyui.rehearsal import NotPlannedError, Rehearsal, rehearse, step_at
 from tap_diffusion.integrations.comfyui.specs import spec_of
 from tap_diffusion.integrations.depth import Depth, unwrapped
-from tap_diffusion.integrations.passes import Passes, settled
+from tap_diffusion.integrations.passes import Passes
 from tap_diffusion.integrations.specs import TransformerSpec
 
 KEY = "tap_diffusion"  # of wrappers, of the attachment, and of the run among a run's transformer options
@@ -200,10 +198,10 @@ class _Run:
         self._position = _Position(levels, rehearsal)
         self._steps = len(levels)
         self._timeline = _timeline(levels, model_sampling, sampler, rehearsal)
-        self._config = accelerator.config
+        self._within: range | None = None
         if accelerator.part != (0, 1):
             start, end = (float(model_sampling.percent_to_sigma(percent)) for percent in accelerator.part)
-            self._config = _within(accelerator.config, accelerator.spec, levels, self._timeline, start, end)
+            self._within = _within(levels, start, end)
         self._lanes: dict[int, _Lane] = {}  # by id of the diffusion model: there are several with several GPUs
         self._names: dict[Hashable, str] = {}  # of branches
         self._seen: Counter[Hashable] = Counter()  # branches in this evaluation
@@ -231,11 +229,19 @@ class _Run:
         """One call of a diffusion model, for one condition or several."""
         lane = self._lanes.get(id(module))
         if lane is None:
-            lane = self._lanes[id(module)] = _Lane(self._accelerator, self._config, module)
+            lane = self._lanes[id(module)] = _Lane(self._accelerator, module)
         first = not lane.has_begun
         branches = self._branches(options, len(x))
         calls = [
-            Call(self._position.step, self._named(branch), first and i == 0, None, self._steps, self._timeline)
+            Call(
+                self._position.step,
+                self._named(branch),
+                first and i == 0,
+                None,
+                self._steps,
+                self._timeline,
+                within=self._within,
+            )
             for i, branch in enumerate(branches)
         ]
         for call, (*part, turn) in zip(calls, branches, strict=True):
@@ -288,8 +294,8 @@ class _Run:
 class _Lane(Passes):
     """One diffusion model within a run."""
 
-    def __init__(self, accelerator: _Accelerator, config: TAPConfig, module: nn.Module) -> None:
-        super().__init__(config, accelerator.spec)
+    def __init__(self, accelerator: _Accelerator, module: nn.Module) -> None:
+        super().__init__(accelerator.config, accelerator.spec)
         self._module = module
         self._depth_of: Callable[[nn.Module], Depth] = accelerator.depth
         self._depth = accelerator.depth(module)
@@ -379,25 +385,10 @@ def _timeline(
     )
 
 
-def _within(
-    config: TAPConfig,
-    spec: TransformerSpec,
-    levels: tuple[float, ...],
-    timeline: Timeline | None,
-    start: float,
-    end: float,
-) -> TAPConfig:
-    """The configuration of a run in which only steps between two noise levels may be predicted."""
+def _within(levels: tuple[float, ...], start: float, end: float) -> range:
+    """The steps of a run that start between two noise levels, the larger first."""
     inside = [step for step, level in enumerate(levels) if end <= level <= start]
-    outside = [step for step in range(len(levels)) if step not in inside]
-    if isinstance(config.full_steps, tuple):
-        outside += config.full_steps
-    elif inside:
-        first, count = inside[0], len(inside)
-        part = None if timeline is None else replace(timeline, noise=timeline.noise[first : first + count])
-        is_full = plan(settled(config, spec), count, part)
-        outside += [first + step for step in range(count) if is_full(step)]
-    return replace(config, full_steps=tuple(sorted({0, *outside})), interval=None, steps=None)
+    return range(inside[0], inside[-1] + 1) if inside else range(0)
 
 
 def _name(sampler: Any) -> str:
