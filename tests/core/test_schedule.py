@@ -238,7 +238,7 @@ def test_without_noise_few_tokens_have_full_steps_even_in_steps(steps: int, coun
 def test_without_noise_many_tokens_have_a_dense_start() -> None:
     full = planned(plan(TAPConfig(full_steps=9), 50, None, 4096), 50)
     assert full[:4] == [0, 2, 3, 6]
-    assert full[-1] in (43, 44)
+    assert 40 <= full[-1] <= 44
     assert len(full) == 9
 
 
