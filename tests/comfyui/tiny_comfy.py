@@ -93,7 +93,11 @@ def fill(model: nn.Module, seed: int) -> None:
     """Random weights, for ComfyUI leaves them as memory was. Those that training begins with at 0 are filled, too."""
     generator = torch.Generator().manual_seed(seed)
     # Other buffers are computed.
-    read = [(name, value) for name, value in model.named_buffers() if name.endswith(("pos_embed", "y_embedding"))]
+    read = [
+        (name, value)
+        for name, value in model.named_buffers()
+        if name.endswith(("pos_embed", "y_embedding", "rotary_pos_emb.inv_freq"))
+    ]
     for name, value in (*model.named_parameters(), *read):
         random = torch.randn(value.shape, generator=generator)
         if value.ndim > 1:
