@@ -45,8 +45,8 @@ GROUPS = {
     " evaluation that only looks: the choice is the truly best at each step, by L2 or by cosine distance.",
 }
 _MARKS = {"better": "▲", "worse": "▼", "not told apart": "≈"}
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # Okabe and Ito's, for colour-blind readers
-_STYLE: Any = {
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # Okabe and Ito's, for colour-blind readers
+STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "tap", "text.parse_math": False, "font.size": 10,
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "grid.color": "#dddddd",
 }  # fmt: skip
@@ -203,14 +203,14 @@ def _embedded(figure: Figure, page: Path, title: str) -> str:
     name = re.sub(r"[^a-z0-9]+", "-", title)
     file = page.with_name(f"{page.stem}-{name}.svg")
     FigureCanvasSVG(figure)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure.savefig(file, bbox_inches="tight", metadata=dict.fromkeys(("Date", "Creator")))
     return f"![{title}]({file.name})"
 
 
 def _panels(runs: Sequence[Results], rows: int, width: float, height: float) -> tuple[Figure, Any]:
     """One column of axes for each model."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(0.8 + width * len(runs), 0.8 + height * rows))
         axes = figure.subplots(rows, len(runs), squeeze=False, sharey="row", gridspec_kw={"wspace": 0.08})
     for column, results in zip(axes.T, runs, strict=True):
@@ -231,8 +231,8 @@ def _differences_plot(runs: Sequence[Results], group: str) -> Figure:
             for y, label in enumerate(labels):
                 cell = _cell(results, group, label, budget)
                 if cell is not None:
-                    _point(panel, cell, y + aside, _COLOURS[i])
-            panel.plot([], [], "o", color=_COLOURS[i], markersize=5, label=f"{budget} full evaluations")
+                    _point(panel, cell, y + aside, COLOURS[i])
+            panel.plot([], [], "o", color=COLOURS[i], markersize=5, label=f"{budget} full evaluations")
         panel.set_yticks(range(len(labels)), labels)
         panel.set_ylim(len(labels) - 0.5, -0.5)
         panel.set_xlabel("PSNR, difference to TAP (dB)")
@@ -256,7 +256,7 @@ def _fidelity_plot(runs: Sequence[Results], budget: int) -> Figure:
     for column, results in zip(axes.T, runs, strict=True):
         entries = [entry for entry in results["fidelity"] if entry["budget"] == budget]
         for panel, name in zip(column, shown, strict=True):
-            for entry, colour in zip(entries, _COLOURS, strict=False):
+            for entry, colour in zip(entries, COLOURS, strict=False):
                 style: Any = {"color": colour, "linewidth": 1.4, "marker": ".", "label": entry["probe"]}
                 panel.plot(*_broken(entry["by_step"], name), **style)
             if name == "best_share" and entries:

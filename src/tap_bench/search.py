@@ -36,10 +36,10 @@ from tap_bench.tune import search
 from tap_diffusion.apps.files import write_json
 from tap_diffusion.apps.generate import load_pipeline
 from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.core.presets import PRESETS, STEPS
 from tap_diffusion.core.schedule import even_steps, growing_steps
 
 Schedule = tuple[int, ...]
-FOUND = (0, 1, 2, 3, 5, 8, 13, 27, 49)  # what a search on FLUX.1-dev found best, 9 of 50 (arXiv 2609.39343)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 Model = Annotated[str, typer.Option(help="Of the bench.")]
@@ -126,6 +126,19 @@ def _asked(known: dict[str, list[float]], ask: Callable[[Schedule], list[float]]
     return quality
 
 
+def _on_measured(
+    out: Path, model: str, weights: Path | None, call: str, steps: int, samples: int, batch: int, fast: bool
+) -> tuple[dict[str, Any], Callable[[Schedule], list[float]]]:
+    """What the file holds of these settings, and what asks for a schedule's PSNR on measured samples."""
+    settings = {
+        "model": model, "weights": str(weights), "call": json.loads(call), "steps": steps, "samples": samples,
+        "fast": fast,
+    }  # fmt: skip
+    kept = _kept(out, settings)
+    pipe, chosen = _opened(model, weights, call, batch)
+    return kept, Samples(pipe, chosen, chosen.measured[:samples], 0, steps, fast).psnr
+
+
 def early(full: Sequence[int], before: int = 8) -> int:
     """How many full steps are among the first ``before``."""
     return sum(step < before for step in full)
@@ -153,7 +166,8 @@ def climb(
     kept = _kept(out, settings)
     save = partial(write_json, out, kept)
     pipe, chosen = _opened(model, weights, call, batch)
-    known_best = {"FLUX.1-dev": FOUND} if (steps, full_steps) == (50, len(FOUND)) else {}
+    found_before = PRESETS["flux.1-dev"] if steps == STEPS else {}
+    known_best = {"FLUX.1-dev": found_before[full_steps]} if full_steps in found_before else {}
     starts = known_best | {"even": even_steps(steps, full_steps), "growing": growing_steps(steps, full_steps)}
     conditions = [chosen.calibration[i % len(chosen.calibration)] for i in range(samples)]
     ask = Samples(pipe, chosen, conditions, SEED, steps, fast).psnr
@@ -199,13 +213,7 @@ def score(
     fast: Fast = False,
 ) -> None:
     """How near reuse comes to the full result on given schedules."""
-    settings = {
-        "model": model, "weights": str(weights), "call": json.loads(call), "steps": steps, "samples": samples,
-        "fast": fast,
-    }  # fmt: skip
-    kept = _kept(out, settings)
-    pipe, chosen = _opened(model, weights, call, batch)
-    ask = Samples(pipe, chosen, chosen.measured[:samples], 0, steps, fast).psnr
+    kept, ask = _on_measured(out, model, weights, call, steps, samples, batch, fast)
     quality = _asked(kept.setdefault("psnr_db", {}), ask, partial(write_json, out, kept))
     for text in schedule:
         full = tuple(map(int, text.split()))
@@ -225,13 +233,7 @@ def sensitivity(
     fast: Fast = False,
 ) -> None:
     """Predict one step at a time by reuse; the rest is full. Writes a plot beside the JSON file."""
-    settings = {
-        "model": model, "weights": str(weights), "call": json.loads(call), "steps": steps, "samples": samples,
-        "fast": fast,
-    }  # fmt: skip
-    kept = _kept(out, settings)
-    pipe, chosen = _opened(model, weights, call, batch)
-    ask = Samples(pipe, chosen, chosen.measured[:samples], 0, steps, fast).psnr
+    kept, ask = _on_measured(out, model, weights, call, steps, samples, batch, fast)
     known: dict[str, list[float]] = kept.setdefault("psnr_db", {})
     for step in tqdm(range(1, steps, stride), desc="sensitivity"):
         if str(step) not in known:

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 
 from tap_bench import metrics
-from tap_bench.ablation_page import _COLOURS, _STYLE
+from tap_bench.ablation_page import COLOURS, STYLE
 from tap_bench.calibration import run_all
 from tap_bench.counting import Counts
 from tap_bench.methods import on_engine
@@ -34,22 +34,17 @@ from tap_bench.models import MODELS, BenchModel
 from tap_diffusion.apps.files import write_json
 from tap_diffusion.core import timeline as core
 from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.core.presets import STEPS
 from tap_diffusion.core.schedule import growing_steps, spaced_steps
-from tap_diffusion.core.timeline import Timeline
+from tap_diffusion.core.timeline import Timeline, flow_noise
 
 FOUND = Path(__file__).parents[2] / "docs" / "schedules" / "found.json"
 REPORTS = Path(__file__).parents[2] / "docs" / "bench"
-STEPS = 50
 PLANNED = "meancache"  # a schedule for that method's own predictor, and no search
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
 Steps = tuple[int, ...]
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-
-
-def flow(steps: int, shift: float) -> tuple[float, ...]:
-    """σ/α of flow matching at each step, its noise shifted."""
-    return (math.inf, *(shift * (steps - step) / step for step in range(1, steps)))
 
 
 def distance(one: Sequence[int], other: Sequence[int]) -> float:
@@ -78,7 +73,7 @@ class Evidence:
         tokens = known["tokens"] if tokens is None else tokens
         if exponent is not None:  # so many tokens as have the same effect
             tokens = round(core.FEW * (tokens / core.FEW) ** (exponent / core.EXPONENT))
-        timeline = Timeline(flow(STEPS, known["sigma_shift"]), "flow", tokens=tokens)
+        timeline = Timeline(flow_noise(STEPS, known["sigma_shift"]), "flow", tokens=tokens)
         return spaced_steps(TAPConfig(), STEPS, count, timeline)
 
     def error(self, model: str, exponent: float | None = None) -> float:
@@ -124,7 +119,7 @@ def compare(to: Annotated[Path, typer.Argument(help="Folder for the plot.")]) ->
 
 def _draw(evidence: Evidence, file: Path) -> None:
     counts = sorted({len(full) for found in evidence.found.values() for _, full in found})
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11, 6.2), layout="constrained")
         grid = figure.subplots(len(counts), len(evidence.models), sharex=True, squeeze=False)
         for row, count in zip(grid, counts, strict=True):
@@ -142,11 +137,11 @@ def _draw_one(axes: Axes, evidence: Evidence, model: str, count: int) -> None:
     rows = {objective: full for objective, full in evidence.found[model] if len(full) == count}
     rows |= {"rule": evidence.rule(model, count), "before": _before(evidence, model, count)}
     names = list(rows)[::-1]
-    colours = {"rule": _COLOURS[1], "before": "#999999"}
+    colours = {"rule": COLOURS[1], "before": "#999999"}
     for place, name in enumerate(names):
         axes.plot(
             [math.log1p(step) for step in rows[name]], [place] * count, "o-", markersize=4, linewidth=0.5,
-            color=colours.get(name, _COLOURS[0]),
+            color=colours.get(name, COLOURS[0]),
         )  # fmt: skip
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_ylim(-0.6, len(names) - 0.4)

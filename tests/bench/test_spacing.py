@@ -8,11 +8,11 @@ from statistics import fmean
 
 import pytest
 
-from tap_bench.spacing import EXPONENTS, REPORTS, STEPS, Evidence, distance, flow
+from tap_bench.spacing import EXPONENTS, REPORTS, Evidence, distance
 from tap_diffusion import TAPConfig
-from tap_diffusion.core.presets import PRESETS
+from tap_diffusion.core.presets import PRESETS, STEPS
 from tap_diffusion.core.schedule import clock_steps, spaced_steps
-from tap_diffusion.core.timeline import Timeline
+from tap_diffusion.core.timeline import Timeline, flow_noise
 
 EVIDENCE = Evidence()
 NAMES = {
@@ -58,7 +58,7 @@ def test_presets_are_what_was_found(preset: str) -> None:
 def test_pictures_of_few_tokens_are_spaced_as_they_were(steps: int) -> None:
     """So `emoji` and `fashion`, of 64 tokens, need not be measured anew."""
     for tokens in (None, 16, 64):
-        known = Timeline(flow(steps, 1.0), "flow", tokens=tokens)
+        known = Timeline(flow_noise(steps, 1.0), "flow", tokens=tokens)
         for count in (6, 7, 8, 9, 10, 14):
             full = spaced_steps(TAPConfig(), steps, count, known)
             assert full == clock_steps(Timeline(known.noise, "flow").pace, count)

@@ -16,7 +16,7 @@ from runs import sample_with
 from tiny_comfy import build
 from torch import Tensor
 
-from tap_diffusion.integrations.comfyui.rehearsal import NotPlannedError, Rehearsal, rehearse
+from tap_diffusion.integrations.comfyui.rehearsal import NotPlannedError, Rehearsal, rehearse, step_at
 
 STEPS = 8
 OWN_STEPS = "dpm_adaptive"
@@ -76,7 +76,7 @@ def test_fresh_noise_and_steps_of_euler(name: str, sampling: Any) -> None:
     assert found.is_euler == (name in EULER)
     if name != "dpm_fast":
         assert found.levels == pytest.approx(sigmas[:-1].tolist())
-    steps = [found.step(sigma) for sigma in found.evaluations]
+    steps = [step_at(found.levels, sigma) for sigma in found.evaluations]
     assert set(steps) == set(range(len(found.levels)))
 
 

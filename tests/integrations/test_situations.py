@@ -260,6 +260,15 @@ def ends(runs: list[Callable[[], Iterator[Tensor]]]) -> list[Tensor]:
     return last
 
 
+def at_once(work: Callable[[int], None], count: int) -> None:
+    """In as many threads."""
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 @pytest.mark.parametrize("count", [2, 8])
 @pytest.mark.parametrize("kind", MAKERS)
 def test_taking_turns_step_by_step(kind: str, count: int) -> None:
@@ -297,11 +306,7 @@ def test_threads_at_once(kind: str, count: int) -> None:
             found[number] = error
 
     for _ in range(3):
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        at_once(work, count)
         for number in range(count):
             assert not isinstance(found[number], BaseException), found[number]
             assert torch.equal(found[number], alone[number]), number
@@ -328,11 +333,7 @@ def test_pipelines_in_threads(count: int) -> None:
         except BaseException as error:
             found[number] = error
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(work, count)
     for number in range(count):
         assert not isinstance(found[number], BaseException), found[number]
         assert all(torch.equal(latents, alone[number]) for latents in found[number]), number

@@ -15,10 +15,8 @@ Prediction = Literal["flow", "epsilon", "v_prediction", "sample"]
 
 FEW = 64  # tokens of the pictures at which the pace was chosen; fewer count as so many
 EXPONENT = 0.9  # k of the noise as N tokens see it, σ/α over (N / 64)^k (docs/schedule.md)
-EVEN, DENSE = (
-    0.45,
-    0.4,
-)  # mean place of the full steps on the pace: as good as even, and dense at the start
+# Mean place of the full steps on the pace: as good as even, and dense at the start.
+EVEN, DENSE = 0.45, 0.4
 
 
 @dataclass(frozen=True)
@@ -187,6 +185,11 @@ class Timeline:
                 clean, noisy, slope = (0.0, 1.0), (1 / sigma, -alpha / sigma), np.zeros_like(sigma)
         by_x, by_output = (next_alpha * c + next_sigma * n for c, n in zip(clean, noisy, strict=True))
         return by_x, by_output, slope
+
+
+def flow_noise(steps: int, shift: float) -> tuple[float, ...]:
+    """σ/α at each of ``steps`` even steps of flow matching, its noise shifted."""
+    return (math.inf, *(shift * (steps - step) / step for step in range(1, steps)))
 
 
 def _halfway(noises: Sequence[float]) -> tuple[float, ...]:

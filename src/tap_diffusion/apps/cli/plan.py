@@ -14,9 +14,9 @@ from rich.table import Table
 from tap_diffusion.apps.cli.options import console, failed, option
 from tap_diffusion.core.config import TAPConfig
 from tap_diffusion.core.errors import ConfigError, UsageError
-from tap_diffusion.core.presets import PRESETS
+from tap_diffusion.core.presets import PRESETS, STEPS
 from tap_diffusion.core.schedule import plan as planned
-from tap_diffusion.core.timeline import Timeline
+from tap_diffusion.core.timeline import Timeline, flow_noise
 
 _SIZE = re.compile(r"(\d+)x(\d+)(?:x(\d+))?")
 
@@ -89,9 +89,9 @@ def plan(
             raise UsageError(f"{size[0]}x{size[1]} is smaller than a token of {known.pixels} pixels")
         config = TAPConfig(full_steps=full_steps, speedup=speedup)
     except (UsageError, ConfigError) as error:
-        raise failed(error) from error
+        raise failed(error) from None
     shift = shift or known.shift(count)
-    timeline = Timeline(flow(steps, shift), "flow", tokens=count)
+    timeline = Timeline(flow_noise(steps, shift), "flow", tokens=count)
     full = list(filter(planned(config, steps, timeline), range(steps)))
     shown = "x".join(map(str, size if size[2] > 1 else size[:2]))
     title = f"{count} tokens" if tokens else f"{shown}, {count} tokens"
@@ -109,15 +109,10 @@ def plan(
         " tokens see it, the less noise it is, and the earlier the picture is decided.",
         highlight=False,
     )
-    found = PRESETS.get(known.preset or "", {}).get(len(full)) if steps == 50 else None
+    found = PRESETS.get(known.preset or "", {}).get(len(full)) if steps == STEPS else None
     if found is not None:
         config_of = f'TAPConfig.preset("{known.preset}", full_steps={len(full)})'
         console.print(f"A search on the model itself found {', '.join(map(str, found))}: {config_of}", highlight=False)
-
-
-def flow(steps: int, shift: float) -> tuple[float, ...]:
-    """σ/α of flow matching at each step, its noise shifted."""
-    return (math.inf, *(shift * (steps - step) / step for step in range(1, steps)))
 
 
 def _model(name: str) -> Model:

@@ -166,10 +166,9 @@ class _Accelerator:
         """Around each call of the model."""
         behind = executor.wrappers[executor.idx + 1 :]
         if behind:  # others first: what they put into the model (compiled blocks) is to meet it as it is
-            inner = [*executor.wrappers[: executor.idx], *behind, self.call]
-            return type(executor)(executor.original, executor.class_obj, inner, executor.idx).execute(
-                x, *args, **kwargs
-            )
+            wrappers = [*executor.wrappers[: executor.idx], *behind, self.call]
+            inmost = type(executor)(executor.original, executor.class_obj, wrappers, executor.idx)
+            return inmost.execute(x, *args, **kwargs)
         options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[4]
         run = options.get(KEY)
         if run is None or not run.has_begun:  # not within a sampling run, or by a guider that tells no evaluations
@@ -232,16 +231,9 @@ class _Run:
             lane = self._lanes[id(module)] = _Lane(self._accelerator, module)
         first = not lane.has_begun
         branches = self._branches(options, len(x))
+        step, known = self._position.step, (self._steps, self._timeline)
         calls = [
-            Call(
-                self._position.step,
-                self._named(branch),
-                first and i == 0,
-                None,
-                self._steps,
-                self._timeline,
-                within=self._within,
-            )
+            Call(step, self._named(branch), first and i == 0, None, *known, within=self._within)
             for i, branch in enumerate(branches)
         ]
         for call, (*part, turn) in zip(calls, branches, strict=True):
