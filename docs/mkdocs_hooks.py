@@ -44,7 +44,8 @@ calibration samples; in bold the best. What the names stand for: [methods](metho
 other variants, intervals, times, memory, pictures, and what was tried in tuning; `make docs` makes them, one HTML file
 each.
 
-TAP's rows of `sprites` are of its default before [the rule for full steps](schedule.md), which draws them 0.4 dB worse in the mean.
+TAP's rows of `sprites` are of its default before [the rule for full steps](schedule.md), with which it is 0.4 dB worse
+there in the mean.
 
 """
 
