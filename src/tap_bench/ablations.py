@@ -32,8 +32,9 @@ from tap_bench import BASELINE, metrics, truth
 from tap_bench.ablation_page import write_page
 from tap_bench.bench import Bench, Suite
 from tap_bench.calibration import run
-from tap_bench.methods import Method, Setting, Variant, on_engine
+from tap_bench.method import Method, Setting
 from tap_bench.models import MODELS, BenchModel
+from tap_bench.variant import Variant, on_engine
 from tap_diffusion.apps.files import write_json, write_whole
 from tap_diffusion.core.call import Call
 from tap_diffusion.core.config import TAPConfig

@@ -29,9 +29,10 @@ from tqdm import tqdm
 from tap_bench import BASELINE, metrics
 from tap_bench.calibration import SEED, Calibration, run, run_all
 from tap_bench.counting import Counts, flops, live_bytes
-from tap_bench.methods import Method, Setting, Variant
+from tap_bench.method import Method, Setting
 from tap_bench.models import BenchModel, Drawn
 from tap_bench.timing import cell_name, read_times, speedup, stopwatch, time_cells
+from tap_bench.variant import Variant
 from tap_diffusion import __version__
 from tap_diffusion.apps.files import write_json, write_whole
 from tap_diffusion.apps.media import check_videos, encoded

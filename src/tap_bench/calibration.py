@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from tap_bench import metrics
 from tap_bench.counting import Counts, counted
-from tap_bench.methods import Variant, on_engine
 from tap_bench.models import BenchModel, Drawn, draw
+from tap_bench.variant import Variant, on_engine
 from tap_diffusion.core.call import Call
 from tap_diffusion.core.config import Probe, TAPConfig
 from tap_diffusion.core.engine import Engine

@@ -23,10 +23,12 @@ from tqdm import tqdm
 from tap_bench.bench import SUITES, environment
 from tap_bench.calibration import Calibration, run
 from tap_bench.counting import counted
-from tap_bench.methods import Method, Setting, Variant, registry
+from tap_bench.method import Method, Setting
+from tap_bench.methods import registry
 from tap_bench.models import MODELS
 from tap_bench.report import Cell, read_cells, renew_report
 from tap_bench.timing import cell_name, read_times, speedup, stopwatch, time_cells
+from tap_bench.variant import Variant
 from tap_diffusion.apps.files import write_json
 from tap_diffusion.core.errors import UsageError
 

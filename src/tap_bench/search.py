@@ -30,9 +30,9 @@ from tqdm import tqdm
 from tap_bench import metrics
 from tap_bench.calibration import SEED, run_all
 from tap_bench.counting import Counts
-from tap_bench.methods import on_engine
 from tap_bench.models import MODELS, BenchModel, Drawn
 from tap_bench.tune import search
+from tap_bench.variant import on_engine
 from tap_diffusion.apps.files import write_json
 from tap_diffusion.apps.generate import load_pipeline
 from tap_diffusion.core.config import TAPConfig

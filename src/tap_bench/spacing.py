@@ -29,8 +29,8 @@ from tap_bench import metrics
 from tap_bench.ablation_page import COLOURS, STYLE
 from tap_bench.calibration import run_all
 from tap_bench.counting import Counts
-from tap_bench.methods import on_engine
 from tap_bench.models import MODELS, BenchModel
+from tap_bench.variant import on_engine
 from tap_diffusion.apps.files import write_json
 from tap_diffusion.core import timeline as core
 from tap_diffusion.core.config import TAPConfig

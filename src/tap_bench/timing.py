@@ -13,8 +13,8 @@ from typing import Any
 from tqdm import tqdm
 
 from tap_bench.calibration import run
-from tap_bench.methods import Variant
 from tap_bench.models import BenchModel
+from tap_bench.variant import Variant
 from tap_diffusion.apps.files import write_json
 
 GROUP = 6  # cells between two runs of the plain pipeline

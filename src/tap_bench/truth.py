@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tap_bench.methods import Variant, on_engine
+from tap_bench.variant import Variant, on_engine
 from tap_diffusion.core.cache import History
 from tap_diffusion.core.call import Call
 from tap_diffusion.core.config import TAPConfig

@@ -19,8 +19,9 @@ from tqdm import tqdm
 from tap_bench import metrics
 from tap_bench.calibration import Calibration, run_all
 from tap_bench.counting import Counts
-from tap_bench.methods import Setting, on_engine, schedules
+from tap_bench.method import Setting, schedules
 from tap_bench.models import BenchModel
+from tap_bench.variant import on_engine
 from tap_diffusion.apps.files import write_json
 from tap_diffusion.core.config import TAPConfig
 from tap_diffusion.core.errors import UsageError

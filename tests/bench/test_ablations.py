@@ -29,8 +29,8 @@ from tap_bench.ablations import (
     beyond,
 )
 from tap_bench.calibration import _Recorder, run
-from tap_bench.methods import Variant, on_engine
 from tap_bench.models import BenchModel, draw
+from tap_bench.variant import Variant, on_engine
 from tap_diffusion.core.call import Call
 from tap_diffusion.core.config import TAPConfig
 from tap_diffusion.core.engine import Engine

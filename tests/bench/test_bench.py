@@ -33,11 +33,13 @@ from tap_bench import judges, metrics, recipes, scores
 from tap_bench.bench import Bench, Suite
 from tap_bench.calibration import SEED, Calibration
 from tap_bench.counting import counted, flops, live_bytes
-from tap_bench.methods import Method, Setting, Variant, load, on_engine, planned, registry, schedules
+from tap_bench.method import Method, Setting, schedules
+from tap_bench.methods import load, planned, registry
 from tap_bench.methods.solvers import AdamsBashforth2Scheduler
 from tap_bench.methods.spectrum import growing
 from tap_bench.models import BenchModel, any_pipeline, draw
 from tap_bench.report import write_report
+from tap_bench.variant import Variant, on_engine
 from tap_diffusion.apps.cli import app
 from tap_diffusion.core.config import TAPConfig
 from tap_diffusion.core.errors import UsageError
@@ -268,7 +270,7 @@ def test_a_threshold_is_found_for_a_budget() -> None:
 def test_methods_of_somebodys_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(
-        "from tap_bench.methods import forecaster\n"
+        "from tap_bench.method import forecaster\n"
         "METHODS = [forecaster('mine', 'rival', 'me', orders=(1,), horizon_span=0.0)]\n"
     )
     assert list(load(file)) == ["mine"]

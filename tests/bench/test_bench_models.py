@@ -11,8 +11,8 @@ import torch
 
 from tap_bench import judges
 from tap_bench.calibration import Calibration
-from tap_bench.methods import on_engine
 from tap_bench.models import MODELS, BenchModel, draw
+from tap_bench.variant import on_engine
 from tap_diffusion.core.config import TAPConfig
 
 # What the judges must at least say of these few samples by the full model, out of 1; by chance it is 1/313, 1/10, 1/10.

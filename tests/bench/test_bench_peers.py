@@ -18,9 +18,11 @@ from torch import Tensor
 import tap_diffusion as tap
 from tap_bench.calibration import SEED, Calibration, run
 from tap_bench.counting import Counts, counted
-from tap_bench.methods import Setting, Variant, cachedit, diffusers_caches, registry
+from tap_bench.method import Setting
+from tap_bench.methods import cachedit, diffusers_caches, registry
 from tap_bench.models import BenchModel, draw
 from tap_bench.pixels import PixelDiTPipeline
+from tap_bench.variant import Variant
 from tap_diffusion.core.schedule import clock_steps, even_steps, growing_steps, paper_steps
 from tiny import TOKENS, WORDS, build_pipeline, interrupt_at
 

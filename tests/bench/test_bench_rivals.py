@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tap_bench.calibration import Calibration, Trajectories
-from tap_bench.methods import Setting, dpcache, magcache, on_engine, registry, teacache
+from tap_bench.method import Setting
+from tap_bench.methods import dpcache, magcache, registry, teacache
 from tap_bench.methods.dicache import DiCacheEngine, Error
 from tap_bench.methods.first_block_cache import FirstBlockCacheEngine
 from tap_bench.methods.teacache import TeaCacheEngine
 from tap_bench.models import BenchModel
+from tap_bench.variant import on_engine
 from tap_diffusion import TAPConfig
 from tap_diffusion.core.call import Call
 from tap_diffusion.core.engine import Engine, Fallback

@@ -141,7 +141,8 @@ def _run_bench(
     steps: int | None, out: Path, keep: bool, command: list[str],
 ) -> None:  # fmt: skip
     from tap_bench.bench import Bench
-    from tap_bench.methods import Method, load, registry
+    from tap_bench.method import Method
+    from tap_bench.methods import load, registry
 
     model, recipe = setup
     steps = steps or (recipe.steps if recipe else 50)

@@ -10,7 +10,8 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-from tap_bench.methods import Method, Setting, Variant, restored, schedules
+from tap_bench.method import Method, Setting, schedules
+from tap_bench.variant import Variant, restored
 from tap_diffusion.integrations.diffusers.api import transformers
 
 Calibrator = tuple[str, dict[str, Any]] | None  # name and arguments of its configuration

@@ -15,7 +15,8 @@ from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConf
 from diffusers.models.cache_utils import CacheMixin
 
 from tap_bench.calibration import Trajectories
-from tap_bench.methods import Method, Setting, Variant, restored
+from tap_bench.method import Method, Setting
+from tap_bench.variant import Variant, restored
 from tap_diffusion.integrations.diffusers.api import transformers
 
 

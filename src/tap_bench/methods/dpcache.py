@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tap_bench.methods import Method, Setting, Variant, on_engine
+from tap_bench.method import Method, Setting
+from tap_bench.variant import Variant, on_engine
 from tap_diffusion.core.config import TAPConfig
 from tap_diffusion.core.predictors import taylor
 

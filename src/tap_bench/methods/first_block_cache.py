@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from tap_bench.methods import Method, Setting, Variant
+from tap_bench.method import Method, Setting
 from tap_bench.methods.thresholds import WANTED_FULL, ThresholdEngine, relative_l1, tuned
+from tap_bench.variant import Variant
 from tap_diffusion.core.call import Call
 from tap_diffusion.core.config import TAPConfig
 from tap_diffusion.core.engine import Fallback

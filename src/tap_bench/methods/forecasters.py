@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tap_bench.methods import Method, Setting, Variant, forecaster, on_engine, schedules
+from tap_bench.method import Method, Setting, forecaster, schedules
+from tap_bench.variant import Variant, on_engine
 from tap_diffusion.core.config import TAPConfig
 
 

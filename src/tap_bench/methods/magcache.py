@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tap_bench.methods import Method, Setting, Variant, on_engine
+from tap_bench.method import Method, Setting
+from tap_bench.variant import Variant, on_engine
 from tap_diffusion.core.config import TAPConfig
 
 RETENTION = 0.1  # share of the steps, at the start, that are full; these two as published for FLUX

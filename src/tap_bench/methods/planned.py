@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 
 from tap_bench.calibration import Calibration
-from tap_bench.methods import Method, Setting, Variant, on_engine, schedules
+from tap_bench.method import Method, Setting, schedules
 from tap_bench.tune import EVALUATIONS, recommended_steps, search
+from tap_bench.variant import Variant, on_engine
 from tap_diffusion.core.config import TAPConfig
 
 Steps = tuple[int, ...]

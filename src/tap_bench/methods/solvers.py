@@ -16,7 +16,8 @@ from diffusers import (
 )
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 
-from tap_bench.methods import Change, Method, Setting, Variant
+from tap_bench.method import Method, Setting
+from tap_bench.variant import Change, Variant
 
 
 class AdamsBashforth2Scheduler(FlowMatchEulerDiscreteScheduler):

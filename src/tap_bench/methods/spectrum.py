@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from tap_bench.methods import Method, Setting, Variant, on_engine, schedules
+from tap_bench.method import Method, Setting, schedules
+from tap_bench.variant import Variant, on_engine
 from tap_diffusion.core.call import Call
 from tap_diffusion.core.config import TAPConfig
 from tap_diffusion.core.engine import Engine

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tap_bench.methods import Method, Setting, Variant, forecaster, on_engine
+from tap_bench.method import Method, Setting, forecaster
+from tap_bench.variant import Variant, on_engine
 from tap_diffusion.core.config import TAPConfig
 
 SOURCE = "arXiv 2603.03792"

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tap_bench.methods import Setting, Variant, on_engine
+from tap_bench.method import Setting
+from tap_bench.variant import Variant, on_engine
 from tap_diffusion.core.cache import History
 from tap_diffusion.core.call import Call
 from tap_diffusion.core.config import TAPConfig

@@ -10,10 +10,12 @@ from typing import Any
 
 from tap_bench.calibration import Calibration, run
 from tap_bench.counting import counted
-from tap_bench.methods import Method, Setting, Variant, on_engine, registry
+from tap_bench.method import Method, Setting
+from tap_bench.methods import registry
 from tap_bench.models import BenchModel
 from tap_bench.profile.subjects import Subject
 from tap_bench.profile.timing import peak_memory
+from tap_bench.variant import Variant, on_engine
 from tap_diffusion.core.config import TAPConfig
 
 METHODS = (
