@@ -246,12 +246,12 @@ class FidelityEngine(Engine):
         super().__init__(config)
         self.rows: list[dict[str, Any]] = []
         self._added, self._probes = added, probes
-        self._anchors: dict[tuple[str, str, str], History] = {}  # of each branch, stream and probe
+        self._truth: dict[tuple[str, str, str], History] = {}  # of each branch, stream and probe
 
     def reset(self) -> None:
         """As the base class."""
         super().reset()
-        self._anchors.clear()
+        self._truth.clear()
 
     def begin(self, call: Call) -> bool:
         """Every step is full."""
@@ -266,12 +266,12 @@ class FidelityEngine(Engine):
             h = self._added(blocks, stream) if blocks else probe
             key = (call.branch, stream, name)
             if plan(self.config, None, None)(call.step):
-                self._anchors.setdefault(key, History(self.config.anchors)).add(call.step, residual, h)
+                self._truth.setdefault(key, History(self.config.anchors)).add(call.step, residual, h)
             else:
                 self._compare(call.step, key, residual, h)
 
     def _compare(self, step: int, key: tuple[str, str, str], residual: Tensor, h: Tensor) -> None:
-        history = self._anchors[key]
+        history = self._truth[key]
         members, coefficients = self._candidates(tuple(history.times), step)
         distinct = [
             i for i, row in enumerate(coefficients) if not any(row.allclose(other) for other in coefficients[:i])

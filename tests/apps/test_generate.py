@@ -165,7 +165,7 @@ def test_the_bench_draws_with_dit() -> None:
 
 def test_steps_of_a_scheduler_that_does_not_count_wait_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tap_diffusion.core.engine.Engine.checks_late", staticmethod(lambda _: True))
-    monkeypatch.setattr("tap_diffusion.core.engine._LateFlag.is_raised", lambda _: False)
+    monkeypatch.setattr("tap_diffusion.core.doubts.LateFlag.is_raised", lambda _: False)
     pipe, counter = dit(), Operations()
     with tap.enabled(pipe, tap.TAPConfig(full_steps=4)):
         counted_forward(pipe.transformer, counter, set(range(1, 8)))

@@ -25,7 +25,8 @@ from tap_bench.models import BenchModel
 from tap_bench.variant import on_engine
 from tap_diffusion import TAPConfig
 from tap_diffusion.core.call import Call
-from tap_diffusion.core.engine import Engine, Fallback
+from tap_diffusion.core.doubts import Fallback
+from tap_diffusion.core.engine import Engine
 from tiny import TOKENS, WORDS, build_pipeline
 
 STEPS, SHAPE = 24, (2, 5, 4)

@@ -28,7 +28,7 @@ from tiny_comfy import CPU, MODELS, build, fill, noise
 from torch import Tensor
 
 from tap_diffusion import TAPConfig, UnsupportedModelError
-from tap_diffusion.core.engine import UNEXPLAINED
+from tap_diffusion.core.doubts import UNEXPLAINED
 from tap_diffusion.core.schedule import spaced_steps
 from tap_diffusion.core.timeline import Timeline
 from tap_diffusion.integrations.comfyui import accelerate, report

@@ -13,7 +13,8 @@ from torch import Tensor
 from tap_diffusion import ConfigError, TAPConfig, TAPWarning
 from tap_diffusion.core.call import Call
 from tap_diffusion.core.distributed import Ranks
-from tap_diffusion.core.engine import Engine, Fallback, _LateFlag
+from tap_diffusion.core.doubts import Fallback, LateFlag
+from tap_diffusion.core.engine import Engine
 from tap_diffusion.core.predictors import candidates, chebyshev
 from tap_diffusion.core.schedule import spaced_steps
 from tap_diffusion.core.timeline import Timeline
@@ -170,7 +171,7 @@ def test_late_checks_reuse_at_once_and_run_the_next_step_in_full(monkeypatch: py
 def arriving_when_asked_twice() -> Any:
     asked = [0]
 
-    def is_raised(flag: _LateFlag) -> bool:
+    def is_raised(flag: LateFlag) -> bool:
         asked[0] += bool(flag.flag.any())
         return bool(flag.flag.any()) and asked[0] > 1
 
@@ -184,7 +185,7 @@ def test_a_bad_anchor_is_noticed_late_and_never_used_as_it_is(
 ) -> None:
     """On a GPU a full step doesn't wait either, so that the host runs ahead into the predicted ones."""
     monkeypatch.setattr(Engine, "checks_late", staticmethod(lambda _: True))
-    monkeypatch.setattr(_LateFlag, "is_raised", arriving_when_asked_twice())
+    monkeypatch.setattr(LateFlag, "is_raised", arriving_when_asked_twice())
     bad = features(6).clone()
     bad[1, 2, 0] = value
     given: dict[str, Any] = {what: {6: bad}}
@@ -196,7 +197,7 @@ def test_a_bad_anchor_is_noticed_late_and_never_used_as_it_is(
 
 def test_a_late_flag_is_not_lost_before_it_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "checks_late", staticmethod(lambda _: True))
-    monkeypatch.setattr(_LateFlag, "is_raised", arriving_when_asked_twice())
+    monkeypatch.setattr(LateFlag, "is_raised", arriving_when_asked_twice())
     bad = features(3).clone()
     bad[1, 2, 0] = math.nan
     assert Driver().run(probe={3: bad}).full == [0, 1, 2, 5, 6, 10]

@@ -453,7 +453,7 @@ class TestPromise7:
         which the timestep is read to see whose run this is.
         """
         monkeypatch.setattr("tap_diffusion.core.engine.Engine.checks_late", staticmethod(lambda _: True))
-        monkeypatch.setattr("tap_diffusion.core.engine._LateFlag.is_raised", lambda _: False)
+        monkeypatch.setattr("tap_diffusion.core.doubts.LateFlag.is_raised", lambda _: False)
         counter = Operations()
         with tap.enabled(pipe, CONFIGS[name]):
             counted_forward(pipe.transformer, counter, set(range(1, 20)))
@@ -610,6 +610,6 @@ def test_gradients_may_be_on(pipe: Any) -> None:
     x = torch.randn(1, 16, 16)
     for i in range(5):
         transformer(hidden_states=x + 0.1 * i, timestep=torch.tensor([1 - i / 5]), **arguments)
-    history = engine_of(pipe.transformer)._histories["#0"]["hidden_states"]
+    history = engine_of(pipe.transformer)._branches["#0"].streams["hidden_states"]
     assert not any(tensor.requires_grad for tensor in history.residual + history.probe)
     tap.disable(transformer)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import tap_diffusion as tap
 from tap_diffusion import ConfigError, TAPConfig
-from tap_diffusion.core.engine import Engine, Fallback
+from tap_diffusion.core.doubts import Fallback
+from tap_diffusion.core.engine import Engine
 from tap_diffusion.integrations.diffusers.schedulers import timeline
 from tap_diffusion.integrations.passes import LARGEST_MOVE, _moved
 from tiny import build_pipeline, count_calls, engine_of, sample

@@ -249,7 +249,7 @@ def test_overflow_in_float16(name: str) -> None:
     z, conditions = start(case, dtype=torch.float16), Conditions(100, 1, torch.float16)
     for step in range(4):
         if step == 3:
-            history = engine_of(model)._histories["#0"]
+            history = engine_of(model)._branches["#0"].streams
             next(iter(history.values())).residual[1].fill_(60000)
         velocity = evaluate(model, case, z, 1 - step / 12, conditions)
         assert velocity.isfinite().all()

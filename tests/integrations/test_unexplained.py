@@ -18,7 +18,8 @@ from tap_bench.models import MODELS, BenchModel, draw
 from tap_diffusion import TAPConfig, TAPWarning
 from tap_diffusion.apps.generate import psnr
 from tap_diffusion.core import engine as engine_module
-from tap_diffusion.core.engine import UNEXPLAINED, Engine
+from tap_diffusion.core.doubts import UNEXPLAINED
+from tap_diffusion.core.engine import Engine
 from tap_diffusion.core.selection import mean_and_spread, squared_distance, unexplained
 from tiny import build_transformer
 

@@ -13,7 +13,7 @@ from tap_bench.methods.thresholds import WANTED_FULL, ThresholdEngine, relative_
 from tap_bench.variant import Variant
 from tap_diffusion.core.call import Call
 from tap_diffusion.core.config import TAPConfig
-from tap_diffusion.core.engine import Fallback
+from tap_diffusion.core.doubts import Fallback
 
 Error = Literal["delta_y", "delta_minus"]
 RATIOS = (1.0, 1.5)  # γ is clipped to these

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from tap_bench.method import Setting
 from tap_bench.variant import Variant, on_engine
-from tap_diffusion.core.cache import History
 from tap_diffusion.core.call import Call
 from tap_diffusion.core.config import TAPConfig
-from tap_diffusion.core.engine import Engine, Fallback
+from tap_diffusion.core.engine import Engine
 
 WANTED_FULL = "the method wants this step full"
 
@@ -54,13 +53,6 @@ class ThresholdEngine(Engine):
         """As the base class, but for steps that the method wants full."""
         if reason != WANTED_FULL:
             super().fall_back(call, reason)
-
-    def _anchors(self, call: Call, hidden_states: Tensor, stream: str) -> History:
-        """The history of a branch; a fallback where it has none that fits."""
-        history = self._histories.get(call.branch, {}).get(stream)
-        if history is None or not history.fits(hidden_states):
-            raise Fallback("no finite anchor of this shape, dtype and device")
-        return history
 
     def _say_how_it_went(self) -> None:
         """A threshold may be small enough for every step to be full."""

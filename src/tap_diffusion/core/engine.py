@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,26 +16,45 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tap_diffusion.core import kernels, selection
+from tap_diffusion.core import doubts, kernels, outcome, selection
 from tap_diffusion.core.cache import History
 from tap_diffusion.core.call import Call
 from tap_diffusion.core.compiling import uncompiled
 from tap_diffusion.core.config import TAPConfig
 from tap_diffusion.core.distributed import Ranks
+from tap_diffusion.core.doubts import Doubts, Fallback
 from tap_diffusion.core.errors import warn
 from tap_diffusion.core.predictors import Candidate, candidates, difference_matrix
 from tap_diffusion.core.report import Choice, Report
-from tap_diffusion.core.schedule import FEWEST, for_the_rest, plan
-from tap_diffusion.core.selection import all_finite, choose, squared_distance, unexplained
+from tap_diffusion.core.schedule import for_the_rest, plan
+from tap_diffusion.core.selection import choose, squared_distance, unexplained
 from tap_diffusion.core.timeline import Timeline
 
-NOT_FINITE = "non-finite values"
-UNEXPLAINED = "the features match nothing seen before"
-DOUBTS = NOT_FINITE, UNEXPLAINED  # reasons, in the order in which flags are kept
 
+@dataclass
+class _Branch:
+    """What is remembered of one branch of the current trajectory.
 
-class Fallback(Exception):
-    """A predicted step can't be trusted and must be run in full. The argument is the reason."""
+    Attributes:
+        streams: anchors, of each stream of tokens.
+        unread: what stands in for the output of the model's unread submodules.
+        doubts: about its last calls.
+        lost: why it has no anchors.
+        last_step: of its last call.
+        calls: as in :class:`Report`.
+    """
+
+    doubts: Doubts
+    streams: dict[str, History] = field(default_factory=dict)
+    unread: dict[Any, Any] = field(default_factory=dict)
+    lost: str = "the branch has only just begun"
+    last_step: int | None = None
+    calls: list[tuple[int, bool, Callable[[], float]]] = field(default_factory=list)
+
+    def end(self) -> None:
+        """Free what is large."""
+        self.streams, self.unread = {}, {}
+        self.doubts.forget()
 
 
 class Engine:
@@ -56,13 +75,7 @@ class Engine:
         self.config = config
         self._ranks = ranks or Ranks()
         self.report = Report()
-        self._histories: dict[str, dict[str, History]] = {}  # of each branch, of each of its streams
-        self._unread: dict[str, dict[Any, Any]] = {}
-        self._doubts: dict[str, _LateFlag] = {}
-        self._awaited: dict[str, bool] = {}  # branches of which something was unexplained, whose flags are waited for
-        self._lost: dict[str, str] = {}  # why a branch that has run in full has no anchor
-        self._seen: dict[str, int] = {}  # last step of each branch
-        self._calls: dict[str, list[tuple[int, bool, Callable[[], float]]]] = {}  # of each branch
+        self._branches: dict[str, _Branch] = {}
         self._pending: list[Choice] = []  # of the call that is running
         self._timeline: Timeline | None = None
         self._planning = config  # which steps are full, of this transformer's share of the run
@@ -80,10 +93,14 @@ class Engine:
 
     def reset(self) -> None:
         """Drop all that is remembered of the current trajectory, but not the report."""
-        for memory in self._of_branches:
-            memory.clear()
+        self._branches.clear()
         self._pending.clear()
         self._may_have_ended = False
+
+    def _branch(self, call: Call) -> _Branch:
+        if call.branch not in self._branches:
+            self._branches[call.branch] = _Branch(Doubts(self._ranks.several))
+        return self._branches[call.branch]
 
     @uncompiled
     def begin(self, call: Call) -> bool:
@@ -97,20 +114,19 @@ class Engine:
             self._even_clock()
             if call.unread is not None and self.config.predicts:
                 self.report.notes.append(f"steps count alike and nothing is made up for: {call.unread}")
-            self._warn_of_fresh_noise()
+            noise = outcome.of_fresh_noise(self.config, self._timeline, _reuses(self.config, self._timeline))
+            if noise is not None:
+                warn(noise)
         self._pending.clear()
-        doubt = self._doubts.get(call.branch)
-        if doubt is not None and doubt.is_raised():
-            reason = doubt.reason
-            if reason == UNEXPLAINED:
-                # Where latents are moved at every step, each other step would be predicted from features of another.
-                self._awaited[call.branch] = True
-            self.fall_back(call, f"{reason}, noticed a step late")
+        branch = self._branch(call)
+        doubt = branch.doubts.raised()
+        if doubt is not None:
+            self.fall_back(call, f"{doubt}, noticed a step late")
             return True
         if self._plan(call.step):
             return True
-        if call.branch not in self._histories:
-            self.fall_back(call, self._lost.get(call.branch, "the branch has only just begun"))
+        if not branch.streams:
+            self.fall_back(call, branch.lost)
             return True
         return False
 
@@ -137,50 +153,44 @@ class Engine:
     @uncompiled
     def end(self, call: Call, full: bool, milliseconds: Callable[[], float]) -> None:
         """Take note that a call has run; free its branch after the last step."""
-        taken = call.step, full, milliseconds
+        branch, taken = self._branch(call), (call.step, full, milliseconds)
         self.report.calls.append(taken)
-        self._calls.setdefault(call.branch, []).append(taken)
+        branch.calls.append(taken)
         if not full:
             self.report.choices += self._pending
             self._pending.clear()
         self._may_have_ended = call.is_last_step is None
         self.report.cache_bytes = max(self.report.cache_bytes, self.cache_bytes)
-        self._seen[call.branch] = call.step
+        branch.last_step = call.step
         if call.is_last_step:
-            for branch in [b for b, step in self._seen.items() if b == call.branch or step < call.step - 1]:
-                self._histories.pop(branch, None)  # its own, and those of branches that have ended before
-                self._unread.pop(branch, None)
-                self._doubts.pop(branch, None)
-            if not self._histories:
+            branch.end()
+            for other in self._branches.values():
+                if other.last_step is not None and other.last_step < call.step - 1:  # it has ended before
+                    other.end()
+            if not self.holds_anchors:
                 self._say_how_it_went()
 
     def begin_like(self, call: Call, other: str) -> None:
         """Let a branch that begins with this call have the past of another, whose calls were much alike."""
-        past = self._histories.get(other, {})
-        if past and call.branch not in self._histories and all(h.times[0] < call.step for h in past.values()):
-            self._histories[call.branch] = {stream: copy.copy(history) for stream, history in past.items()}
+        past = self._branches[other].streams if other in self._branches else {}
+        branch = self._branch(call)
+        if past and not branch.streams and all(history.times[0] < call.step for history in past.values()):
+            branch.streams = {stream: copy.copy(history) for stream, history in past.items()}
 
     def forget(self, before: int) -> None:
         """Drop what is remembered of branches whose last call was before a step."""
-        for branch in [branch for branch, step in self._seen.items() if step < before]:
-            for memory in self._of_branches:
-                memory.pop(branch, None)
-
-    @property
-    def _of_branches(self) -> tuple[dict[str, Any], ...]:
-        """All that is remembered of each branch."""
-        return (
-            self._histories, self._unread, self._doubts, self._awaited, self._lost, self._seen, self._calls,
-        )  # fmt: skip
+        for name, branch in list(self._branches.items()):
+            if branch.last_step is not None and branch.last_step < before:
+                del self._branches[name]
 
     def take(self, other: Engine, branch: str, name: str) -> None:
         """Go on with a branch of another engine's trajectory, as a trajectory of its own with a branch of this name."""
         self.finish()
-        for mine, theirs in zip(self._of_branches, other._of_branches, strict=True):
-            if branch in theirs:
-                mine[name] = theirs.pop(branch)
-        calls = self._calls.get(name, [])
-        self.report = Report(trajectories=self.report.trajectories + 1, calls=list(calls))
+        calls = []
+        if branch in other._branches:
+            self._branches[name] = other._branches.pop(branch)
+            calls = list(self._branches[name].calls)
+        self.report = Report(trajectories=self.report.trajectories + 1, calls=calls)
         moved = set(map(id, calls))
         other.report.calls = [call for call in other.report.calls if id(call) not in moved]
         self._timeline, self._steps, self._may_have_ended = other._timeline, other._steps, True
@@ -197,68 +207,23 @@ class Engine:
         """Count a call that was to be predicted and has to be run in full; distrust the history that led to it."""
         self.report.fallbacks[reason] += 1
         self.lose(call, reason)
-        self._doubts.pop(call.branch, None)
+        self._branch(call).doubts.forget()
 
     def lose(self, call: Call, reason: str) -> None:
         """Take note that a full call left no anchor, or not one for each stream, and why."""
-        self._histories.pop(call.branch, None)
-        self._lost[call.branch] = reason
+        branch = self._branch(call)
+        branch.streams, branch.lost = {}, reason
 
     def _say_how_it_went(self) -> None:
         """Warn once where a trajectory had no predicted step, or another number of full steps than was asked for."""
-        report, config = self.report, self.config
-        if not config.predicts or not report.calls:
-            return
-        fallbacks = "; ".join(f"{reason} ({count} calls)" for reason, count in report.fallbacks.items())
-        if report.predicted_calls:
-            self._say_how_many(fallbacks)
-            return
-        if report.fallbacks:
-            reason = fallbacks
-        elif config.full_steps is not None:
-            reason = f"all of its {report.steps} steps are among full_steps={config.full_steps}"
-        elif config.interval is None and self._steps is not None:
-            reason = (
-                f"of its {report.steps} steps speedup={config.speedup:g} leaves none to skip, since at least {FEWEST}"
-                " are full. Use more steps, or say by full_steps how many of them are to be full"
-            )
-        else:
-            reason = (
-                f"it had {report.steps} steps, and with warmup={config.warmup} the first predicted step is number"
-                f" {config.warmup + 1}. Use more steps or a smaller warmup"
-            )
-        warn(f"TAP predicted no step of this trajectory: {reason}.")
+        said = outcome.of_steps(self.report, self.config, self._planning, self._steps, self._within, self._plan)
+        if said is not None:
+            warn(said)
 
-    def _say_how_many(self, fallbacks: str) -> None:
-        report, config, steps = self.report, self._planning, self._steps
-        ran = f"TAP ran {report.full_steps} of {report.steps} steps in full"
-        planned = sum(map(self._plan, {step for step, _, _ in report.calls}))
-        if report.full_steps > planned:
-            warn(f"{ran} where {planned} were planned: {fallbacks}.")
-        elif isinstance(config.full_steps, int) and config.full_steps > report.full_steps and report.steps == steps:
-            warn(f"{ran}, and not {config.full_steps} as full_steps asks.")
-        elif config.full_steps is None and config.interval is None and steps is not None and self._within is None:
-            wanted = round(steps / config.speedup)
-            if wanted < FEWEST and report.full_steps > wanted:
-                warn(
-                    f"{ran}, {report.evaluations_speedup:.2f}x fewer evaluations where speedup={config.speedup:g} is"
-                    f" asked for: it leaves at least {FEWEST} full. For fewer give their number, full_steps=..."
-                )
-
-    def _warn_of_fresh_noise(self) -> None:
-        timeline, config = self._timeline, self.config
-        if timeline is None or timeline.fresh_noise is None or not config.predicts:
-            return
-        if _reuses(config, timeline) and config.orders != (0,):
-            effect = "TAP reuses the residual of the last full step instead of extrapolating it"
-        elif config.hindsight:
-            effect = "TAP's full steps do not correct the predictions before them"
-        else:
-            return
-        warn(
-            f"{timeline.fresh_noise} adds fresh noise at each step, so {effect}. A deterministic solver comes closer to"
-            " what the plain model draws, in the same time."
-        )
+    @property
+    def _histories(self) -> list[History]:
+        """Those of all branches and streams."""
+        return [history for branch in self._branches.values() for history in branch.streams.values()]
 
     @property
     def holds_anchors(self) -> bool:
@@ -268,17 +233,17 @@ class Engine:
     @property
     def cache_bytes(self) -> int:
         """Bytes that the histories hold now."""
-        return sum(history.nbytes for branch in self._histories.values() for history in branch.values())
+        return sum(history.nbytes for history in self._histories)
 
     def unread(self, call: Call) -> dict[Any, Any]:
         """What stands in for the output of the model's unread submodules on this branch; for the caller to fill."""
-        return self._unread.setdefault(call.branch, {})
+        return self._branch(call).unread
 
     @uncompiled
     def park(self) -> None:
         """Before a full call: move all histories to host memory, where the configuration wants it."""
         if self.config.offload:
-            for history in (history for branch in self._histories.values() for history in branch.values()):
+            for history in self._histories:
                 history.park()
 
     # --------------------------------------------------------------------------------------------------- the two kinds
@@ -299,25 +264,25 @@ class Engine:
         residual = (after - before).to(before.dtype)
         if probe is not None:
             probe = self._sketched(probe)
-        streams = self._histories.setdefault(call.branch, {})
-        if not any(other.times[0] == call.step for other in streams.values()):
-            self._doubts.pop(call.branch, None)  # from before this step
-        doubt = self._ranks.any(~_finite(residual, probe))
+        branch = self._branch(call)
+        if not any(other.times[0] == call.step for other in branch.streams.values()):
+            branch.doubts.forget()  # from before this step
+        doubt = self._ranks.any(~doubts.finite(residual, probe))
         late = self._is_late(call, residual)
-        history = streams.get(stream)
+        history = branch.streams.get(stream)
         if history is not None and not history.fits(residual):
             history = None
         lost = self._is_unexplained_anchor(call, probe, history, late)
         if late:
-            self._flag(call, doubt, lost)
-            residual, probe = _with_zeros(residual), None if probe is None else _with_zeros(probe)
+            branch.doubts.note(doubt, lost)
+            residual, probe = doubts.with_zeros(residual), None if probe is None else doubts.with_zeros(probe)
         elif doubt:
             # No anchor rather than a bad one. The steps up to the next full one then have none and run in full.
             self.lose(call, "non-finite values in the last full step")
             return
         if history is None or (lost is not None and not late and lost):
             # Differences to anchors of something else would spoil the next predictions.
-            history = streams[stream] = History(self.config.anchors, _dtype(self.config.cache_dtype))
+            history = branch.streams[stream] = History(self.config.anchors, _dtype(self.config.cache_dtype))
         history.add(call.step, residual, probe)
 
     @uncompiled
@@ -326,7 +291,7 @@ class Engine:
 
         The surprise is the output less its prediction, for which :meth:`predict` is to be called before.
         """
-        streams = self._histories.get(call.branch)
+        streams = self._branch(call).streams
         if not self.config.hindsight or self._timeline is None or not streams or call.step >= len(self._timeline):
             return 0.0
         times = next(iter(streams.values())).times
@@ -348,11 +313,7 @@ class Engine:
             Fallback: the shape, dtype or device changed, a value is not finite, or no candidate explains the probe
                 (:func:`~tap_diffusion.core.selection.unexplained`).
         """
-        history = self._histories[call.branch].get(stream)
-        if history is None:
-            raise Fallback("the last full step had no such stream of tokens")
-        if not history.fits(hidden_states):
-            raise Fallback("the shape, dtype or device of the hidden states changed")
+        history = self._anchors(call, hidden_states, stream)
         members, coefficients = self._candidates(tuple(history.times), call.step)
         late = self._is_late(call, hidden_states)
         if not self.needs_probe:
@@ -363,7 +324,7 @@ class Engine:
         if len(members) == 1:  # only so far: nothing to choose, but to check
             result, doubt = kernels.combine(hidden_states, history.residual, coefficients, mend=late)
             errors = selection.proxy_losses(h, history.probe, coefficients, "l2")[0]
-            self._trust(call, doubt | ~_finite(h), late, self._is_unexplained(call, h, errors, history, late))
+            self._trust(call, doubt | ~doubts.finite(h), late, self._is_unexplained(call, h, errors, history, late))
             return result
         gram = None if loss == "l1" else history.gram
         # What a subclass makes of the losses, or what other ranks have to hear of, can't be fused with them.
@@ -376,6 +337,15 @@ class Engine:
         self._trust(call, doubt, late, self._is_unexplained(call, h, errors, history, late))
         self._pending.append(Choice(call.step, call.branch, members, choice))
         return result
+
+    def _anchors(self, call: Call, hidden_states: Tensor, stream: str) -> History:
+        """The history of a branch's stream; a fallback where it has none that fits."""
+        history = self._branch(call).streams.get(stream)
+        if history is None:
+            raise Fallback("the last full step had no such stream of tokens")
+        if not history.fits(hidden_states):
+            raise Fallback("the shape, dtype or device of the hidden states changed")
+        return history
 
     def _is_unexplained(self, call: Call, h: Tensor, errors: Tensor, history: History, late: bool) -> Tensor | None:
         """Whether the past explains nothing of a sample; one of them makes the step full for the whole batch.
@@ -428,7 +398,7 @@ class Engine:
         """x + r̂ for subclasses that predict in their own way, checked as :meth:`predict` does."""
         result = (hidden_states + predicted).to(hidden_states.dtype)
         late = self.checks_late(result)
-        self._trust(call, ~_finite(result, h), late)
+        self._trust(call, ~doubts.finite(result, h), late)
         if late:
             result = torch.where(result.isfinite(), result, (hidden_states + history.residual[0]).to(result.dtype))
         return result
@@ -440,22 +410,13 @@ class Engine:
         """
         doubt = self._ranks.any(doubt)
         if late:
-            self._flag(call, doubt, lost)
-        elif doubt:
-            raise Fallback(NOT_FINITE)
-        elif lost is not None and lost:
-            raise Fallback(UNEXPLAINED)
-
-    def _flag(self, call: Call, doubt: Tensor, lost: Tensor | None = None) -> None:
-        """Keep doubts on a branch until they can be read without waiting."""
-        doubts = torch.stack([doubt, torch.zeros_like(doubt) if lost is None else lost.to(doubt.device)])
-        if call.branch in self._doubts:  # not arrived yet
-            doubts = doubts | self._doubts[call.branch].flag
-        self._doubts[call.branch] = _LateFlag(doubts, awaited=self._ranks.several)
+            self._branch(call).doubts.note(doubt, lost)
+        else:
+            doubts.check(doubt, lost)
 
     def _is_late(self, call: Call, tensor: Tensor) -> bool:
         """Whether doubts on this branch are read a step late."""
-        return self.checks_late(tensor) and call.branch not in self._awaited
+        return self._branch(call).doubts.are_late(self.checks_late(tensor))
 
     @staticmethod
     def checks_late(tensor: Tensor) -> bool:
@@ -494,43 +455,3 @@ def _reuses(config: TAPConfig, timeline: Timeline | None) -> bool:
 
 def _dtype(name: str) -> torch.dtype | None:
     return None if name == "model" else getattr(torch, name)
-
-
-class _LateFlag:
-    """Flags on a GPU that are read without waiting: until they have arrived, they count as not raised.
-
-    Args:
-        flag: one for each of :data:`DOUBTS`.
-        awaited: wait for them after all, since they arrive sooner on some ranks than on others.
-    """
-
-    def __init__(self, flag: Tensor, awaited: bool = False) -> None:
-        self.flag = flag
-        self._awaited = awaited
-        self._arrived: Any = None
-        if flag.is_cuda:
-            self._value = torch.empty(flag.shape, dtype=torch.bool, pin_memory=True)
-            self._value.copy_(flag, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-        else:
-            self._value = flag
-
-    def is_raised(self) -> bool:
-        if self._awaited and self._arrived is not None:
-            self._arrived.synchronize()
-        return (self._arrived is None or self._arrived.query()) and bool(self._value.any())
-
-    @property
-    def reason(self) -> str:
-        """The first that is raised."""
-        return DOUBTS[self._value.tolist().index(True)]
-
-
-def _with_zeros(features: Tensor) -> Tensor:
-    """Zeros in place of what is not finite."""
-    return features.nan_to_num(0.0, 0.0, 0.0)
-
-
-def _finite(*tensors: Tensor | None) -> Tensor:
-    return all_finite(*(tensor for tensor in tensors if tensor is not None))

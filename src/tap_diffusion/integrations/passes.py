@@ -14,7 +14,8 @@ from tap_diffusion.core.call import Call
 from tap_diffusion.core.compiling import uncompiled, uncompiled_itself
 from tap_diffusion.core.config import TAPConfig
 from tap_diffusion.core.distributed import Ranks
-from tap_diffusion.core.engine import Engine, Fallback
+from tap_diffusion.core.doubts import Fallback
+from tap_diffusion.core.engine import Engine
 from tap_diffusion.core.errors import UnsupportedModelError
 from tap_diffusion.core.report import stopwatch
 from tap_diffusion.integrations.depth import Depth, StandIns, Streams
