@@ -136,8 +136,10 @@ def _fields(config: str) -> dict[str, Any]:
 
 def _config(speedup: float, full_steps: int, config: str) -> TAPConfig:
     given = _fields(config)
-    schedule = {"full_steps": full_steps} if full_steps and "interval" not in given else {}
-    return TAPConfig.from_dict({"speedup": speedup} | schedule | given)
+    schedule = {"full_steps": full_steps} if full_steps else {"speedup": speedup}
+    if {"speedup", "full_steps", "interval"} & set(given):
+        schedule = {}
+    return TAPConfig.from_dict(schedule | given)
 
 
 NODE_CLASS_MAPPINGS = {"TAPAccelerate": TAPAccelerate}

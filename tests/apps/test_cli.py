@@ -273,6 +273,7 @@ def test_plan_names_what_a_search_found() -> None:
     [
         (("flux-9",), "'flux-9' is no model that is known here"),
         (("flux", "--shift", 0), "--shift is 0"),
+        (("flux", "--speedup", 4, "--full-steps", 9), "TAPConfig.speedup is 4.0; it must be left out"),
         (("8x8",), "8x8 is smaller than a token of 16 pixels"),
     ],
 )

@@ -91,7 +91,6 @@ def test_a_bad_value_is_named_with_what_is_allowed(field: str, value: Any, allow
 @given(
     st.builds(
         TAPConfig,
-        speedup=st.floats(1, 50),
         full_steps=st.none() | st.integers(1, 50) | st.sets(st.integers(1, 49)).map(lambda s: (0, *sorted(s))),
         steps=st.none() | st.integers(1, 50),
         clock=st.sampled_from(["noise", "step"]),
@@ -109,6 +108,17 @@ def test_a_bad_value_is_named_with_what_is_allowed(field: str, value: Any, allow
 )
 def test_json_round_trip(config: TAPConfig) -> None:
     assert TAPConfig.from_json(config.to_json()) == config
+
+
+@given(st.floats(1, 50))
+def test_json_round_trip_of_a_speedup(speedup: float) -> None:
+    assert TAPConfig.from_json(TAPConfig(speedup=speedup).to_json()).speedup == speedup
+
+
+@pytest.mark.parametrize("other", [{"full_steps": 8}, {"full_steps": (0, 4)}, {"interval": 6}])
+def test_a_speedup_beside_a_number_of_full_steps_contradicts_it(other: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="speedup is 4; it must be left out where full_steps or interval say"):
+        TAPConfig(speedup=4, **other)
 
 
 def test_file_round_trip(tmp_path: Path) -> None:

@@ -58,11 +58,9 @@ def test_node(package: Any) -> None:
 def test_settings_of_the_node(package: Any) -> None:
     config, validate = package._config, package.TAPAccelerate.VALIDATE_INPUTS
     assert config(3.0, 0, "") == TAPConfig(speedup=3.0)
-    assert config(3.0, 7, "  ") == TAPConfig(speedup=3.0, full_steps=7)
-    assert config(3.0, 7, '{"interval": 4, "granularity": "batch"}') == TAPConfig(
-        speedup=3.0, interval=4, granularity="batch"
-    )
-    assert config(3.0, 7, '{"full_steps": [0, 2, 5]}') == TAPConfig(speedup=3.0, full_steps=(0, 2, 5))
+    assert config(3.0, 7, "  ") == TAPConfig(full_steps=7)
+    assert config(3.0, 7, '{"interval": 4, "granularity": "batch"}') == TAPConfig(interval=4, granularity="batch")
+    assert config(3.0, 7, '{"full_steps": [0, 2, 5]}') == TAPConfig(full_steps=(0, 2, 5))
     example = package.TAPAccelerate.INPUT_TYPES()["optional"]["config"][1]["tooltip"].split("example: ")[1]
     assert config(5.0, 0, example) == TAPConfig.paper(6, offload="cpu")
     assert list(inspect.signature(validate).parameters) == ["config"]  # ComfyUI checks the bounds of the others

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +20,7 @@ Probe = Literal["modulated_input", "first_block"]
 CacheDType = Literal["model", "float32", "bfloat16", "float16"]
 Clock = Literal["noise", "step"]
 
+DEFAULT_SPEEDUP = 5.0
 MAX_ORDER = 8
 MAX_HISTORY = 64
 ENOUGH_CHANNELS = 384  # of the probe, to tell which candidate is best; on models trained here 24 were enough
@@ -79,7 +80,7 @@ class TAPConfig:
         ConfigError: a value is not allowed.
     """
 
-    speedup: float = 5.0
+    speedup: float = DEFAULT_SPEEDUP
     full_steps: int | tuple[int, ...] | None = None
     interval: int | None = None
     warmup: int = 3
@@ -103,25 +104,32 @@ class TAPConfig:
         for name in ("orders", "full_steps"):
             if isinstance(value := getattr(self, name), list):  # what JSON makes of a tuple
                 object.__setattr__(self, name, tuple(value))
-        self._require("speedup", _is_number(self.speedup) and self.speedup >= 1, "a number ≥ 1")
-        full = self.full_steps
-        self._require(
+        for field, valid, allowed in self._rules():
+            if not valid:
+                raise ConfigError(f"TAPConfig.{field} is {getattr(self, field)!r}; it must be {allowed}")
+
+    def _rules(self) -> Iterator[tuple[str, bool, str]]:
+        """Field, whether its value is allowed, and which are. Each may rely on those before it."""
+        speedup, full, span, step = self.speedup, self.full_steps, self.horizon_span, self.horizon_step
+        yield "speedup", _is_number(speedup) and speedup >= 1, "a number ≥ 1"
+        yield (
             "full_steps",
-            full is None or _is_schedule(full) or (_is_int(full) and not isinstance(full, tuple) and full >= 1),
+            full is None or _is_schedule(full) or (not isinstance(full, tuple) and _is_count(full)),
             "None, an integer of at least 1, or a tuple of rising integers that starts with 0",
         )
-        self._require(
-            "interval",
-            self.interval is None or (_is_int(self.interval) and self.interval >= 1),
-            "None or an integer of at least 1",
+        yield "interval", self.interval is None or _is_count(self.interval), "None or an integer of at least 1"
+        yield "interval", self.interval is None or full is None, "None where full_steps are given"
+        yield (
+            "speedup",
+            speedup == DEFAULT_SPEEDUP or (full is None and self.interval is None),
+            "left out where full_steps or interval say how many steps are full",
         )
-        self._require("interval", self.interval is None or self.full_steps is None, "None where full_steps are given")
-        self._require("warmup", _is_int(self.warmup) and self.warmup >= 1, "an integer of at least 1")
-        self._require("steps", self.steps is None or (_is_int(self.steps) and self.steps >= 1), "None or at least 1")
-        self._require("clock", self.clock in get_args(Clock), _one_of(get_args(Clock)))
-        self._require("hindsight", _is_number(self.hindsight) and 0 <= self.hindsight <= 2, "a number from 0 to 2")
-        self._require("family", self.family in list(FAMILIES), _one_of(FAMILIES))  # a list, since JSON gives any value
-        self._require(
+        yield "warmup", _is_count(self.warmup), "an integer of at least 1"
+        yield "steps", self.steps is None or _is_count(self.steps), "None or at least 1"
+        yield "clock", *_among(self.clock, get_args(Clock))
+        yield "hindsight", _is_number(self.hindsight) and 0 <= self.hindsight <= 2, "a number from 0 to 2"
+        yield "family", *_among(self.family, FAMILIES)
+        yield (
             "orders",
             isinstance(self.orders, tuple)
             and len(self.orders) > 0
@@ -129,35 +137,26 @@ class TAPConfig:
             and len(set(self.orders)) == len(self.orders),
             f"a non-empty tuple of distinct integers from 0 to {MAX_ORDER}",
         )
-        slopes = self.slopes
-        self._require("slopes", slopes is None or (_is_number(slopes) and 0 <= slopes <= 1), "None or from 0 to 1")
-        needed = max(self.orders) + 1
-        self._require(
+        slopes, needed = self.slopes, max(self.orders) + 1
+        yield "slopes", slopes is None or (_is_number(slopes) and 0 <= slopes <= 1), "None or from 0 to 1"
+        yield (
             "history",
             self.history is None or (_is_int(self.history) and needed <= self.history <= MAX_HISTORY),
             f"None or an integer from {needed}, the largest of its orders plus one, to {MAX_HISTORY}",
         )
-        self._require("horizon_span", _is_number(self.horizon_span) and self.horizon_span >= 0, "a number ≥ 0")
-        self._require("horizon_step", _is_number(self.horizon_step) and self.horizon_step > 0, "a number > 0")
-        self._require(
+        yield "horizon_span", _is_number(span) and span >= 0, "a number ≥ 0"
+        yield "horizon_step", _is_number(step) and step > 0, "a number > 0"
+        yield (
             "horizon_step",
-            len(self.orders) * (self.horizon_span / self.horizon_step + 1) <= 255,
-            f"large enough for at most 255 candidates (horizon_span is {self.horizon_span})",
+            len(self.orders) * (span / step + 1) <= 255,
+            f"large enough for at most 255 candidates (horizon_span is {span})",
         )
-        self._require("loss", self.loss in get_args(Loss), _one_of(get_args(Loss)))
-        self._require("granularity", self.granularity in get_args(Granularity), _one_of(get_args(Granularity)))
-        self._require("probe", self.probe in get_args(Probe), _one_of(get_args(Probe)))
-        self._require(
-            "sketch",
-            self.sketch is None or (_is_int(self.sketch) and self.sketch >= 1),
-            "None or an integer of at least 1",
-        )
-        self._require("cache_dtype", self.cache_dtype in get_args(CacheDType), _one_of(get_args(CacheDType)))
-        self._require("offload", self.offload in (None, "cpu"), "None or 'cpu'")
-
-    def _require(self, field: str, valid: bool, allowed: str) -> None:
-        if not valid:
-            raise ConfigError(f"TAPConfig.{field} is {getattr(self, field)!r}; it must be {allowed}")
+        yield "loss", *_among(self.loss, get_args(Loss))
+        yield "granularity", *_among(self.granularity, get_args(Granularity))
+        yield "probe", *_among(self.probe, get_args(Probe))
+        yield "sketch", self.sketch is None or _is_count(self.sketch), "None or an integer of at least 1"
+        yield "cache_dtype", *_among(self.cache_dtype, get_args(CacheDType))
+        yield "offload", self.offload in (None, "cpu"), "None or 'cpu'"
 
     @classmethod
     def paper(cls, interval: int | None = None, **changes: Any) -> TAPConfig:
@@ -265,6 +264,10 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def _is_schedule(value: object) -> bool:
     return (
         isinstance(value, tuple)
@@ -278,5 +281,6 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _one_of(names: Any) -> str:
-    return "one of " + ", ".join(names)
+def _among(value: object, names: Iterable[str]) -> tuple[bool, str]:
+    """Whether a value is one of the names, and what to say where it isn't."""
+    return value in list(names), "one of " + ", ".join(names)  # a list, since JSON gives any value

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.core.config import DEFAULT_SPEEDUP, TAPConfig
 from tap_diffusion.core.errors import ConfigError
 from tap_diffusion.core.timeline import Timeline
 
@@ -96,7 +96,7 @@ def for_the_rest(config: TAPConfig, steps: int | None, steps_before: int, full_b
         return replace(config, full_steps=max(1, config.full_steps - full_before))
     if config.interval is None:
         count = _count(config, steps_before + steps)
-        return replace(config, full_steps=max(1, count - full_before))
+        return replace(config, full_steps=max(1, count - full_before), speedup=DEFAULT_SPEEDUP)
     return config
 
 

@@ -28,7 +28,7 @@ from tap_diffusion.apps.cli.options import (
     read_prompts,
 )
 from tap_diffusion.apps.files import FPS
-from tap_diffusion.core.config import TAPConfig
+from tap_diffusion.core.config import DEFAULT_SPEEDUP, TAPConfig
 from tap_diffusion.core.errors import ConfigError, UnsupportedModelError, UsageError
 
 SHOWN = 10  # errors that are printed
@@ -221,7 +221,7 @@ def _config(file: Path | None, paper: bool, **options: Any) -> TAPConfig:
     if len(schedules) > 1:
         raise UsageError(f"{schedules[0]} and {schedules[1]} both say how many steps are full; give one of them")
     base = TAPConfig.paper(config.interval) if paper else config
-    others = dict.fromkeys(("full_steps", "interval")) if schedules else {}
+    others = {"speedup": DEFAULT_SPEEDUP, "full_steps": None, "interval": None} if schedules else {}
     config = TAPConfig.from_dict(base.to_dict() | others | given)
     if "warmup" in given and config.interval is None:
         raise UsageError("--warmup goes with --interval; without one the full steps are placed by the number of them")

@@ -71,7 +71,9 @@ def plan(
     full_steps: Annotated[
         int | None, option("Trajectory", help="How many are full.", min=1, default="by speedup")
     ] = None,
-    speedup: Annotated[float, option("Trajectory", help="Steps for each full one.", min=1)] = TAPConfig.speedup,
+    speedup: Annotated[
+        float | None, option("Trajectory", help="Steps for each full one.", min=1, default=f"{TAPConfig.speedup:g}")
+    ] = None,
     width: Annotated[int | None, option("Size", help="Pixels.", min=16, default="the model's")] = None,
     height: Annotated[int | None, option("Size", help="Pixels.", min=16, default="the model's")] = None,
     frames: Annotated[int | None, option("Size", help="Of a video.", min=1, default="the model's")] = None,
@@ -87,7 +89,8 @@ def plan(
         count = tokens or known.tokens(*size)
         if count < 1:
             raise UsageError(f"{size[0]}x{size[1]} is smaller than a token of {known.pixels} pixels")
-        config = TAPConfig(full_steps=full_steps, speedup=speedup)
+        given = {"speedup": speedup, "full_steps": full_steps}
+        config = TAPConfig.from_dict({name: value for name, value in given.items() if value is not None})
     except (UsageError, ConfigError) as error:
         raise failed(error) from None
     shift = shift or known.shift(count)
