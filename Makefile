@@ -19,7 +19,7 @@ $(INSTALLED): pyproject.toml constraints.txt distributions/*/pyproject.toml
 	touch $@
 
 demo: $(INSTALLED) ## generate 8 prompts with and without TAP, into out/demo
-	$(BIN)/tap generate --prompts src/tap_diffusion/apps/ui/prompts.txt --full-steps 8 --compare --repeats 3 --out out/demo
+	$(BIN)/tap generate --prompts src/tap_diffusion/apps/ui/prompts.txt --full-steps 8 --compare --repeats 3 --overwrite --out out/demo
 
 bench: $(INSTALLED) ## TAP against a few rivals on the embedded model, minutes; the report goes to out/bench
 	$(BIN)/tap bench --suite quick --out out/bench

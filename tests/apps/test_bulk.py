@@ -400,7 +400,7 @@ def test_the_command_on_ray(cluster: None, model: str, tmp_path: Path) -> None:
     options = "--prompts", prompts, "--steps", STEPS, "--out", out, "--engine", "ray", "--workers", 1
     result = command(*options, "--model", tmp_path / "nothing")
     assert result.exit_code == 2
-    assert "a worker could not start: unknown model" in result.stderr
+    assert "a worker could not start: there is no folder" in result.stderr
     result = command(*options, "--model", model)
     assert result.exit_code == 0, result.output
     assert "5 pictures, 0 failed" in result.output

@@ -14,8 +14,10 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+import tap_diffusion
 from tap_diffusion import TAPConfig
 from tap_diffusion.apps.cli import app
+from tap_diffusion.apps.generate import draw
 from tap_diffusion.core.schedule import spaced_steps
 from tap_diffusion.core.timeline import Timeline
 from tiny import build_pipeline
@@ -74,6 +76,74 @@ def test_pictures_depend_on_the_seed_and_not_on_the_batch(model: Path, tmp_path:
     assert pixels("c", "--seed", 6) != one
 
 
+def test_a_run_that_was_interrupted_goes_on(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["red apple", "blue book", "green frog face", "--model", model, "--steps", 8, "--batch-size", 1]
+    assert run(*arguments, "--compare", "--out", tmp_path / "whole").exit_code == 0
+    drawn: list[str] = []
+
+    def stopping(after: int) -> None:
+        def draw_or_stop(pipe: Any, request: Any, prompts: Any, *rest: Any, **more: Any) -> Any:
+            if request.steps == 8:  # not the warm-up
+                drawn.append(prompts[0])
+            if len(drawn) > after:
+                raise KeyboardInterrupt
+            return draw(pipe, request, prompts, *rest, **more)
+
+        monkeypatch.setattr("tap_diffusion.apps.generate.draw", draw_or_stop)
+
+    stopping(after=3)
+    parts = tmp_path / "parts"
+    result = run(*arguments, "--compare", "--out", parts)
+    assert result.exit_code == 130
+    assert "Interrupted. What is done is in" in result.stderr
+    assert sorted(file.name for file in parts.iterdir()) == [
+        "000-red-apple-full.png", "000-red-apple-tap.png", "choices.png", "report.json",
+    ]  # fmt: skip
+    drawn.clear()
+    stopping(after=99)
+    assert run(*arguments, "--compare", "--out", parts).exit_code == 0
+    assert drawn == ["blue book"] * 2 + ["green frog face"] * 2
+    names = {file.name for file in parts.iterdir()}
+    assert names == {file.name for file in (tmp_path / "whole").iterdir()}
+    for name in names - {"report.json"}:
+        assert (parts / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    one, two = (json.loads((tmp_path / out / "report.json").read_text()) for out in ("whole", "parts"))
+    assert one["psnr_db_each"] == two["psnr_db_each"]
+    drawn.clear()
+    assert "3 pictures (3 of an earlier run), compare.png" in run(
+        *arguments, "--compare", "--out", parts
+    ).output.replace("\n", " ")
+    assert drawn == []
+
+
+def test_a_folder_with_results_of_other_settings_is_not_mixed_up(model: Path, tmp_path: Path) -> None:
+    arguments = ["--model", model, "--steps", 8, "--out", tmp_path]
+    assert run("red apple", "blue book", *arguments).exit_code == 0
+    other = run("red apple", "blue book", *arguments, "--seed", 3)
+    assert other.exit_code == 2
+    assert "holds results with seed 0, not 3; choose another --out, or give --overwrite" in other.stderr
+    assert 'prompts ["red apple", "blue book"], not ["黄色い本"]' in run("黄色い本", *arguments).stderr
+    assert run("黄色い本", *arguments, "--overwrite").exit_code == 0
+    assert {file.name for file in tmp_path.iterdir()} == {"000-黄色い本-tap.png", "choices.png", "report.json"}
+    (tmp_path / "000-黄色い本-tap.png").unlink()
+    assert "000-黄色い本-tap.png is missing" in run("黄色い本", *arguments).stderr
+    (tmp_path / "report.json").write_text("[]")
+    assert "report.json is not of this command" in run("red apple", *arguments).stderr
+
+
+def test_a_negative_prompt_is_for_all(tmp_path: Path) -> None:
+    arguments = ["red apple", "--steps", 3, "--full-steps", 2, "--height", 32, "--width", 32]
+    for name, more in (("plain", []), ("negative", ["--negative-prompt", "green"])):
+        assert run(*arguments, *more, "--out", tmp_path / name).exit_code == 0
+    plain, other = ((tmp_path / name / "000-red-apple-tap.png").read_bytes() for name in ("plain", "negative"))
+    assert plain != other
+
+
+def test_the_version() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.output.strip() == tap_diffusion.__version__
+
+
 def test_options_make_the_configuration(model: Path, tmp_path: Path) -> None:
     TAPConfig(interval=7, orders=(0, 1), loss="l2").save(tmp_path / "tap.json")
     cases: list[tuple[list[Any], TAPConfig]] = [
@@ -85,7 +155,7 @@ def test_options_make_the_configuration(model: Path, tmp_path: Path) -> None:
         ([], TAPConfig()),
     ]
     for arguments, expected in cases:
-        result = run("red apple", "--model", model, "--steps", 8, "--out", tmp_path / "out", *arguments)
+        result = run("red apple", "--model", model, "--steps", 8, "--out", tmp_path / "out", "--overwrite", *arguments)
         assert result.exit_code == 0, result.output
         report = json.loads((tmp_path / "out" / "report.json").read_text())
         assert TAPConfig.from_dict(report["config"]) == expected
@@ -103,6 +173,9 @@ def test_options_make_the_configuration(model: Path, tmp_path: Path) -> None:
         (["--warmup", 9, "--steps", 8, "--interval", 2], "warmup is 9, more than the 8 steps"),
         (["--warmup", 2], "--warmup goes with --interval"),
         (["--speedup", 0.5], "TAPConfig.speedup is 0.5; it must be a number ≥ 1"),
+        (["--full-steps", 9], "full_steps is 9, more than the 8 steps"),
+        (["--model", "./NOTHERE"], "there is no folder ./NOTHERE"),
+        (["red apple", "--prompts", "EMPTY.txt"], "is empty"),
         (["--speedup", 5, "--full-steps", 4], "speedup and full_steps both say how many steps are full"),
         (["--prompts", "EMPTY.txt"], "is empty"),
         (["--prompts", "MISSING.txt"], "can't read the prompt file MISSING.txt: [Errno 2]"),
@@ -178,11 +251,10 @@ def test_help_does_not_wait_for_torch() -> None:
 
 
 def test_a_run_without_predicted_steps_warns(model: Path, tmp_path: Path) -> None:
-    from tap_diffusion import TAPWarning
-
-    with pytest.warns(TAPWarning, match="predicted no step"):
-        result = run("red apple", "--model", model, "--steps", 3, "--out", tmp_path)
+    result = run("red apple", "blue book", "--model", model, "--steps", 3, "--batch-size", 1, "--out", tmp_path)
     assert result.exit_code == 0
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("Warning: ")]  # once, for both batches
+    assert "TAP predicted no step of this trajectory: of its 3 steps speedup=5 leaves none to skip" in line
     assert json.loads((tmp_path / "report.json").read_text())["predicted_step_ms"] is None
     assert not (tmp_path / "choices.png").exists()
     assert torch.is_grad_enabled()
@@ -203,7 +275,7 @@ def test_tune_writes_a_preset_that_generate_takes(model: Path, tmp_path: Path) -
     result = run("red apple", "--model", model, "--steps", 8, "--config", preset, "--out", out)
     assert result.exit_code == 0, result.output
     assert json.loads((out / "report.json").read_text())["full_steps"] == 3
-    result = run("red apple", "--model", model, "--steps", 9, "--config", preset, "--out", out)
+    result = run("red apple", "--model", model, "--steps", 9, "--config", preset, "--out", tmp_path / "other")
     assert result.exit_code == 2
     assert "these full steps are for trajectories of 8 steps, and this one has 9" in result.stderr
 

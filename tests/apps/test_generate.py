@@ -312,7 +312,7 @@ class TestCommand:
         arguments = ["--model", "sprites", "--steps", "7", "--full-steps", "3", "--out", str(tmp_path)]
         result = CliRunner().invoke(app, ["generate", PROMPTS[0], *arguments])
         assert result.exit_code == 0, result.output
-        assert "1 videos, report.json" in result.output
+        assert "1 video, report.json" in result.output
         report = json.loads((tmp_path / "report.json").read_text())
         assert (report["frames"], report["full_steps"], report["height"]) == (8, 3, 32)
         assert len(imageio.mimread(tmp_path / "000-red-apple-moves-left-over-grass-tap.mp4")) == 8

@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 import torch
 
 from tap_diffusion import __version__
-from tap_diffusion.apps.files import FPS, write_whole
+from tap_diffusion.apps.files import FPS, difference, write_whole
 from tap_diffusion.apps.generate import Request, draw, load_pipeline
 from tap_diffusion.apps.media import encoded
 from tap_diffusion.apps.prompts_file import ROWS, Row, batches
@@ -162,7 +162,7 @@ class Manifest:
         """
         good = {name: entry for name, entry in self.entries().items() if entry["error"] is None}
         for before in {entry["settings"] for entry in good.values()} - {settings.to_json()}:
-            name, old, new = _difference(json.loads(before), json.loads(settings.to_json()))
+            name, old, new = difference(json.loads(before), json.loads(settings.to_json()))
             raise UsageError(f"{self.out} holds pictures made with {name} {old}, not {new}; choose another --out")
         there = {file.name for file in self._pictures.iterdir()}
         finished = set()
@@ -208,17 +208,6 @@ class Manifest:
 
 def _read(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
     return {entry["id"]: entry for file in files for entry in pq.read_table(file).to_pylist()}
-
-
-def _difference(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, Any, Any]:
-    """The first of two settings that differ, by its own name."""
-    for name in sorted(before.keys() | after.keys()):
-        old, new = before.get(name), after.get(name)
-        if isinstance(old, dict) and isinstance(new, dict) and old != new:
-            return _difference(old, new)
-        if old != new:
-            return name, old, new
-    raise ValueError("the settings are the same")
 
 
 # ---------------------------------------------------------------------------------------------------------- the workers

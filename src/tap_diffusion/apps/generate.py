@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 import platform
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import diffusers
@@ -23,13 +20,13 @@ from torch import Tensor
 from tap_diffusion import __version__
 from tap_diffusion.apps import media, pipelines
 from tap_diffusion.apps.files import FPS
-from tap_diffusion.apps.sheets import choices_sheet, sheet, stack
+from tap_diffusion.apps.results import COLUMNS, SIZE, Results
+from tap_diffusion.apps.sheets import choices_sheet
 from tap_diffusion.core.config import TAPConfig
 from tap_diffusion.core.errors import ConfigError, UsageError
 from tap_diffusion.core.report import Report
 from tap_diffusion.integrations.diffusers.api import enabled, report, supported, transformers
 
-COLUMNS = 8  # of compare.png
 MODELS = "tap_diffusion.models"  # entry points of packages that bring models: a name, and what gives folder and class
 APART = {
     "emoji": "demo",
@@ -52,7 +49,8 @@ def load_pipeline(model: str, dtype: torch.dtype, device: str, offload: bool = F
     """
     if offload and device == "cpu":
         raise UsageError("offloading is for a GPU, whose memory a model doesn't fit in")
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None
+    is_path = model.startswith((".", "/", "~")) or model.count("/") > 1
+    is_hub_id = not is_path and re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None
     brought = entry_points(group=MODELS)
     path, kind = brought[model].load()() if model in brought.names else (Path(model), DiffusionPipeline)
     if path.is_dir():
@@ -61,6 +59,8 @@ def load_pipeline(model: str, dtype: torch.dtype, device: str, offload: bool = F
         source = str(path)
     elif is_hub_id:
         source = model
+    elif is_path:
+        raise UsageError(f"there is no folder {model}")
     elif model in APART:
         raise UsageError(f"the model '{model}' is in a package of its own: pip install 'tap-diffusion[{APART[model]}]'")
     else:
@@ -116,6 +116,7 @@ class Request:
         guidance: None takes the pipeline's default; see :func:`~tap_diffusion.apps.pipelines.guidance_argument`.
         height, width, frames: None takes the model's own.
         batch_size: None is 8 pictures, or 1 video.
+        negative_prompt: what not to draw, for all of them; None: nothing in particular.
     """
 
     prompts: Sequence[str]
@@ -126,6 +127,7 @@ class Request:
     width: int | None = None
     frames: int | None = None
     batch_size: int | None = None
+    negative_prompt: str | None = None
 
     def check(self, pipe: Any) -> None:
         """Raise UsageError for what this pipeline can't do, or UnsupportedModelError."""
@@ -169,9 +171,18 @@ class Request:
             arguments["negative_prompt"] = ""
         return arguments | {name: self.guidance}
 
+    def part(self, batch: range) -> Request:
+        """The request of one batch, whose prompts keep their seeds."""
+        prompts = self.prompts[batch.start : batch.stop]
+        return replace(self, prompts=prompts, seed=self.seed + batch.start, batch_size=len(batch))
+
+    def per_batch(self, pipe: Any) -> int:
+        """How many prompts are drawn together."""
+        return self.batch_size or (8 if pipelines.frames_argument(pipe) is None else 1)
+
     def batches(self, pipe: Any) -> Iterator[range]:
         """Which prompts are drawn together."""
-        size = self.batch_size or (8 if pipelines.frames_argument(pipe) is None else 1)
+        size = self.per_batch(pipe)
         for first in range(0, len(self.prompts), size):
             yield range(first, min(first + size, len(self.prompts)))
 
@@ -187,11 +198,12 @@ def run(pipe: Any, request: Request, label: str, **more: Any) -> tuple[Tensor, f
         pictures (count, 3, H, W), or videos (count, F, 3, H, W), in [-1, 1] on the CPU, float32; seconds.
     """
     samples = []
-    pipe.set_progress_bar_config(desc=label, leave=False)
+    pipe.set_progress_bar_config(desc=label, leave=False, disable=None)  # None: where stderr is a terminal
     start = time.perf_counter()
     for batch in request.batches(pipe):
         prompts = [request.prompts[i] for i in batch]
-        samples.append(draw(pipe, request, prompts, [request.seed + i for i in batch], **more))
+        seeds, negative = [request.seed + i for i in batch], [request.negative_prompt] * len(batch)
+        samples.append(draw(pipe, request, prompts, seeds, negative, **more))
     return torch.cat(samples), time.perf_counter() - start
 
 
@@ -264,102 +276,98 @@ def generate(
     repeats: int = 1,
     note: Callable[[str], None] = lambda _: None,
     fps: int = FPS,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Generate with TAP, and with ``compare`` without it too; write pictures or videos, sheets and ``report.json`` to
-    ``out``.
+    """Generate with TAP, and with ``compare`` without it too, into a folder, batch by batch.
+
+    Each batch is written as it is done, so a run that was interrupted goes on where it is called again.
 
     Args:
+        out: gets pictures or videos, sheets and ``report.json``.
         repeats: with ``compare``, runs of each, alternating; the time ratio is of their medians.
-        note: is told each file that was written.
+        note: is told each sheet that was written, and ``report.json``.
         fps: frames a second of videos.
+        overwrite: delete what an earlier run left in the folder, instead of going on with it.
 
     Returns:
-        what report.json holds.
+        what report.json holds, and under ``found`` how many of the prompts an earlier run had done.
+
+    Raises:
+        UsageError: the folder holds results of other settings; or see :meth:`Request.check`.
     """
     request.check(pipe)
-    seconds: dict[str, list[float]] = {"full": [], "tap": []}
-    full = None
-    if compare:  # the first steps of a process are slower, which must not count
-        first = [request.prompts[i] for i in next(request.batches(pipe))]
-        run(pipe, replace(request, prompts=first, steps=min(2, request.steps)), "warm-up")
-    for _ in range(repeats):
-        if compare:
-            full, elapsed = run(pipe, request, "full")
-            seconds["full"].append(elapsed)
-        with enabled(pipe, config):
-            accelerated, elapsed = run(pipe, request, "TAP ")
+    settings = _settings(pipe, model, request, config, fps) | {"compare": compare, "repeats": repeats}
+    results = Results(out, settings, overwrite)
+    found = results.done
+    todo = [batch for batch in request.batches(pipe) if batch.start >= found]
+    kinds = ("full", "tap") if compare else ("tap",)
+    if compare and todo:  # the first steps of a process are slower, which must not count
+        first = request.part(todo[0])
+        run(pipe, replace(first, steps=min(2, request.steps)), "warm-up")
+
+    for batch in todo:
+        part, label = request.part(batch), f"{batch.stop} of {len(request.prompts)}"
+        samples: dict[str, Tensor] = {}
+        seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+        for _ in range(repeats):
+            if compare:
+                samples["full"], elapsed = run(pipe, part, f"full {label}")
+                seconds["full"].append(elapsed)
+            with enabled(pipe, config):
+                samples["tap"], elapsed = run(pipe, part, f"TAP  {label}")
+                account = report(pipe)
             seconds["tap"].append(elapsed)
-            account = report(pipe)
+        values = psnr(samples["tap"], samples["full"]) if compare else []
+        results.add(samples, seconds, _size(samples["tap"]) | account.to_dict(), values, fps)
+        maps = _choices(pipe, part, account, samples["tap"])
+        if maps is not None:
+            maps.save(out / "choices.png")
 
-    result = _summary(pipe, model, request, config, account, accelerated)
-    samples = {"tap": accelerated} | ({"full": full} if full is not None else {})
-    for i, prompt in enumerate(request.prompts):
-        name = f"{i:03d}-{re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')[:60]}"
-        for kind, batch in samples.items():
-            suffix, content = media.encoded(batch[i], fps)
-            (out / f"{name}-{kind}{suffix}").write_bytes(content)
-    if full is not None:
-        values = psnr(accelerated, full)
-        result |= {
-            "time_speedup": median(seconds["full"]) / median(seconds["tap"]),
-            "psnr_db": sum(values) / len(values),
-            "psnr_db_each": values,
-        }
-        _comparison(full, accelerated, request.prompts).save(out / "compare.png")
-        note("compare.png")
-    if accelerated.ndim == 4 and (maps := _choices(pipe, request, account, accelerated)) is not None:
-        maps.save(out / "choices.png")
-        note("choices.png")
-    result["seconds"] = seconds
-    (out / "report.json").write_text(json.dumps(_without_nan(result), indent=2) + "\n", encoding="utf-8")
-    note("report.json")
-    return result
-
-
-def _comparison(full: Tensor, accelerated: Tensor, prompts: Sequence[str]) -> Image.Image:
-    """Full results over TAP's: a column for each picture, or for some frames of a video."""
-    scale = max(1, 160 // full.shape[-1])
-    if full.ndim == 4:
-        parts = [slice(i, i + COLUMNS) for i in range(0, len(full), COLUMNS)]
-        return stack([sheet([full[p], accelerated[p]], ["full", "TAP"], prompts[p], scale) for p in parts])
-    shown = torch.linspace(0, full.shape[1] - 1, min(COLUMNS, full.shape[1])).round().long()
-    rows = zip(full[:, shown], accelerated[:, shown], prompts, strict=True)
-    return stack([sheet([plain, tap], ["full", "TAP"], [prompt], scale) for plain, tap, prompt in rows])
+    if compare:
+        results.compare()
+    for name in ("compare.png", "choices.png", "report.json"):
+        if (out / name).exists():
+            note(name)
+    return results.report | {"found": found}
 
 
 def _choices(pipe: Any, request: Request, account: Report, pictures: Tensor) -> Image.Image | None:
-    """Maps of four predicted steps, evenly over the trajectory, of the last batch's first branch; None where nothing
-    was chosen, or not by tokens that are the picture's alone."""
+    """Maps of four predicted steps, evenly over the trajectory, of a batch's first branch; None where nothing was
+    chosen, or not by tokens that are the picture's alone."""
+    if pictures.ndim != 4:
+        return None
     choices = [choice for choice in account.choices if choice.branch == account.choices[0].branch]
     if not choices:
         return None
     shown = [choices[round(i * (len(choices) - 1) / 3)] for i in range(min(4, len(choices)))]
     samples, tokens = shown[0].index.shape
-    *_, batch = request.batches(pipe)
+    count = len(request.prompts)
     height, width = pictures.shape[-2:]
     grid = pipelines.grid(tokens, height, width)
-    if grid is None or samples % len(batch):
+    if grid is None or samples % count:
         return None
     # With both branches in one batch, the one with the prompt is the last, but for class labels the first.
-    first = 0 if pipelines.condition(pipe) == "class_labels" else samples - len(batch)
-    part = batch[:COLUMNS]
-    shown = [choice.of(slice(first, first + len(part))) for choice in shown]
-    prompts = [request.prompts[i] for i in part]
-    return choices_sheet(shown, pictures[list(part)], grid, prompts, max(1, 160 // width))
+    first = 0 if pipelines.condition(pipe) == "class_labels" else samples - count
+    part = slice(COLUMNS)
+    shown = [choice.of(slice(first, first + min(count, COLUMNS))) for choice in shown]
+    return choices_sheet(shown, pictures[part], grid, request.prompts[part], max(1, SIZE // width))
 
 
-def _summary(
-    pipe: Any, model: str, request: Request, config: TAPConfig, account: Report, samples: Tensor
-) -> dict[str, Any]:
+def _size(samples: Tensor) -> dict[str, Any]:
+    frames = samples.shape[1] if samples.ndim == 5 else None
+    return {"height": samples.shape[-2], "width": samples.shape[-1], "frames": frames}
+
+
+def _settings(pipe: Any, model: str, request: Request, config: TAPConfig, fps: int) -> dict[str, Any]:
+    """Everything that results depend on, as JSON takes it."""
+    asked = asdict(request)
     parameter = next(transformers(pipe)[0].parameters())
-    return {"model": model} | account.to_dict() | {
-        "prompts": list(request.prompts),
-        "seed": request.seed,
-        "guidance": request.guidance,
-        "height": samples.shape[-2],
-        "width": samples.shape[-1],
-        "frames": samples.shape[1] if samples.ndim == 5 else None,
-        "batch_size": len(next(request.batches(pipe))),
+    return {
+        "model": model,
+        "prompts": list(asked.pop("prompts")),
+        "batch_size": request.per_batch(pipe),
+        "request": asked,
+        "fps": fps,
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": str(pipe._execution_device),  # where parts are only while they run, if offloaded
         "config": config.to_dict(),
@@ -370,13 +378,4 @@ def _summary(
             "python": platform.python_version(),
         },
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
-    }  # fmt: skip
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN or infinity."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    }

@@ -6,7 +6,10 @@ import importlib.util
 import tempfile
 from pathlib import Path
 
+import numpy as np
+import torch
 from diffusers.utils import export_to_video
+from PIL import Image
 from torch import Tensor
 
 from tap_diffusion.apps.files import FPS
@@ -30,6 +33,17 @@ def encoded(sample: Tensor, fps: int = FPS) -> tuple[str, bytes]:
     if sample.ndim == 4 and len(sample) > 1:
         return ".mp4", _mp4(sample, fps)
     return ".png", png(to_image(sample if sample.ndim == 3 else sample[0]))
+
+
+def decoded(file: Path) -> Tensor:
+    """What a file of :func:`encoded` shows: a picture (3, H, W), or a video (F, 3, H, W), in [-1, 1]."""
+    if file.suffix == ".png":
+        pixels = np.asarray(Image.open(file).convert("RGB"))
+    else:
+        import imageio
+
+        pixels = np.stack(imageio.mimread(file, memtest=False))
+    return torch.from_numpy(pixels.copy()).movedim(-1, -3) / 127.5 - 1
 
 
 def _mp4(video: Tensor, fps: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
 from enum import StrEnum
 from functools import partial
@@ -21,6 +22,7 @@ from tap_diffusion.apps.cli.options import (
     ModelDTypeOption,
     ModelOption,
     console,
+    counted,
     failed,
     make_writable,
     option,
@@ -29,7 +31,7 @@ from tap_diffusion.apps.cli.options import (
 )
 from tap_diffusion.apps.files import FPS
 from tap_diffusion.core.config import DEFAULT_SPEEDUP, TAPConfig
-from tap_diffusion.core.errors import ConfigError, UnsupportedModelError, UsageError
+from tap_diffusion.core.errors import ConfigError, UnsupportedModelError, UsageError, told_by
 
 SHOWN = 10  # errors that are printed
 
@@ -62,6 +64,9 @@ def generate(
         float | None,
         option("Sampling", help="Guidance scale.", default="the pipeline's; 2 for emoji, 3 for scenes", min=0),
     ] = None,
+    negative_prompt: Annotated[
+        str | None, option("Sampling", "--negative-prompt", help="What not to draw, for all.", default="nothing")
+    ] = None,
     height: Annotated[int | None, option("Sampling", help="In pixels.", default="the model's own", min=1)] = None,
     width: Annotated[int | None, option("Sampling", help="In pixels.", default="the model's own", min=1)] = None,
     frames: Annotated[int | None, option("Sampling", help="Of videos.", default="the model's own", min=1)] = None,
@@ -89,6 +94,9 @@ def generate(
     ] = 1,
     fps: Annotated[int, option("Output", help="Frames a second of videos.", min=1)] = FPS,
     out: Annotated[Path, option("Output", "--out", "-o", help="Folder for results and report.json.")] = Path("out"),
+    overwrite: Annotated[
+        bool, option("Output", "--overwrite", help="Delete what an earlier run left in --out; else a run goes on.")
+    ] = False,
     engine: Annotated[
         EngineName | None,
         option("Many prompts", help="local: in this process; ray: on Ray Data. A run begun in --out goes on."),
@@ -106,6 +114,7 @@ def generate(
 
     Many, with a manifest in place of the report: tap generate --prompts coco.jsonl --engine ray --workers 8
     """
+    warnings: dict[str, None] = {}  # each once, in the order in which they came
     try:
         if engine is None and prompt_file is not None and prompt_file.suffix in (".jsonl", ".parquet"):
             engine = EngineName.local
@@ -113,6 +122,7 @@ def generate(
             if given is not None and engine != EngineName.ray:
                 raise UsageError(f"{option} is for --engine ray")
         few = {"a prompt": prompts, "--compare": compare, "--repeats": repeats > 1, "--offload": offload}
+        few |= {"--negative-prompt": negative_prompt is not None, "--overwrite": overwrite}
         for option, asked in few.items():
             if asked and engine is not None:
                 raise UsageError(f"{option} is for a few pictures; with an engine they come from the file of --prompts")
@@ -120,15 +130,22 @@ def generate(
         config = _config(config_file, paper, speedup=speedup, full_steps=full_steps, interval=interval, warmup=warmup)
         if config.interval is not None and config.warmup > steps:
             raise UsageError(f"warmup is {config.warmup}, more than the {steps} steps")
+        if full_steps is not None and full_steps > steps:
+            raise UsageError(f"full_steps is {full_steps}, more than the {steps} steps")
         make_writable(out)
         with console.status("importing diffusers"):
             # That takes seconds, for which neither --help nor a wrong option should wait.
             os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
             os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+            import diffusers
             import torch
+            import transformers
 
             from tap_diffusion.apps.generate import Request, guidance_for, load_pipeline, prompt_for
             from tap_diffusion.apps.generate import generate as run_generate
+        if not sys.stderr.isatty():  # no progress bars into files
+            diffusers.utils.logging.disable_progress_bar()
+            transformers.utils.logging.disable_progress_bar()
         guidance = guidance_for(model, guidance)
         if engine is not None:
             if prompt_file is None:
@@ -141,19 +158,32 @@ def generate(
             return
         pipe = load_pipeline(model, *placement(dtype, device), offload)
         wanted = [prompt_for(model, prompt) for prompt in wanted]
-        request = Request(wanted, steps, seed, guidance, height, width, frames, batch_size)
+        request = Request(wanted, steps, seed, guidance, height, width, frames, batch_size, negative_prompt)
         written: list[str] = []
         try:
-            result = run_generate(pipe, model, request, config, out, compare, repeats, written.append, fps)
+            with told_by(lambda message: warnings.setdefault(message)):
+                result = run_generate(
+                    pipe, model, request, config, out, compare, repeats, written.append, fps, overwrite
+                )
         except torch.OutOfMemoryError as error:
             size = len(next(request.batches(pipe)))
             remedy = f"a smaller batch than {size}, or smaller pictures" if size > 1 else "a smaller size"
             raise UsageError(f"out of memory; try {remedy}") from error
     except (ConfigError, UnsupportedModelError, UsageError) as error:
         raise failed(error) from None
-    console.print(_table(result))
-    kind = "pictures" if result["frames"] is None else "videos"
-    console.print(f"{len(wanted)} {kind}, {', '.join(written)} in {out}", highlight=False)
+    except KeyboardInterrupt:
+        raise _interrupted(out) from None
+    console.print(_table(result, config))
+    kind = "picture" if result["frames"] is None else "video"
+    found = f" ({result['found']} of an earlier run)" if result["found"] else ""
+    console.print(f"{counted(len(wanted), kind)}{found}, {', '.join(written)} in {out}", highlight=False)
+    for message in warnings:
+        Console(stderr=True).print(f"[bold yellow]Warning:[/] {escape(message)}", soft_wrap=True, highlight=False)
+
+
+def _interrupted(out: Path) -> typer.Exit:
+    Console(stderr=True).print(f"Interrupted. What is done is in {escape(str(out))}; the same call goes on there.")
+    return typer.Exit(130)
 
 
 def _generate_many(
@@ -194,8 +224,7 @@ def _generate_many(
 
             entries = bulk.generate_many(rows, bulk.Settings(dtype=name, **common), out, engine, batch_size, tell)
     except KeyboardInterrupt:
-        Console(stderr=True).print(f"Interrupted. What is done is in {escape(str(out))}; the same call goes on there.")
-        raise typer.Exit(130) from None
+        raise _interrupted(out) from None
     errors = [entry for entry in entries if entry["error"] is not None]
     good = [entry for entry in entries if entry["error"] is None]
     for entry in errors[:SHOWN]:
@@ -205,8 +234,10 @@ def _generate_many(
     if good:
         full, predicted = (sum(entry[name] for entry in good) for name in ("full_steps", "predicted_steps"))
         console.print(f"steps: {full} full, {predicted} predicted", highlight=False)
-    kind = "videos" if any(entry["file"].endswith(".mp4") for entry in good) else "pictures"
-    console.print(f"{len(good)} {kind}, {len(errors)} failed, manifest.parquet in {out}", highlight=False, markup=False)
+    kind = "video" if any(entry["file"].endswith(".mp4") for entry in good) else "picture"
+    console.print(
+        f"{counted(len(good), kind)}, {len(errors)} failed, manifest.parquet in {out}", highlight=False, markup=False
+    )
     if errors:
         raise typer.Exit(1)
 
@@ -228,22 +259,34 @@ def _config(file: Path | None, paper: bool, **options: Any) -> TAPConfig:
     return config
 
 
-def _table(result: dict[str, Any]) -> Table:
+def _table(result: dict[str, Any], config: TAPConfig) -> Table:
+    fewer = result["evaluations_speedup"]
+    by_speedup = config.full_steps is None and config.interval is None
+    asked = f", asked for {config.speedup:g}x" if by_speedup and abs(fewer / config.speedup - 1) > 0.1 else ""
     table = Table(show_header=False)
     kinds = [kind for kind in ("full", "predicted") if result[f"{kind}_steps"]]
     times = [f"{result[f'{kind}_step_ms']:.1f} ms {kind}" for kind in kinds]
     rows = [
         ("steps", f"{result['full_steps']} full, {result['predicted_steps']} predicted"),
         ("time per step", ", ".join(times)),
-        ("speed-up in evaluations", f"{result['evaluations_speedup']:.2f}x"),
+        ("speed-up in evaluations", f"{fewer:.2f}x{asked}"),
     ]
     if "psnr_db" in result:
+        noise = " (more than the evaluations: the machine was busy, use --repeats)"
+        faster, mean, worst = (result[name] for name in ("time_speedup", "psnr_db", "psnr_db_worst"))
         rows += [
-            ("speed-up in time", f"{result['time_speedup']:.2f}x"),
-            ("PSNR to the full result", f"{result['psnr_db']:.1f} dB"),
+            ("speed-up in time", f"{faster:.2f}x{noise if faster > fewer else ''}"),
+            ("PSNR to the full result", _decibels(mean, worst)),
         ]
     rows.append(("cache", f"{result['cache_bytes']:,} bytes"))
     rows += [(f"fell back to full: {reason}", f"{count} calls") for reason, count in result["fallbacks"].items()]
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _decibels(mean: float | None, worst: float | None) -> str:
+    if worst is None:  # JSON has no infinity
+        return "none, they are equal"
+    shown = "some are equal" if mean is None else f"{mean:.1f} dB"
+    return shown if mean == worst else f"{shown}, worst {worst:.1f} dB"

@@ -51,13 +51,21 @@ def read_prompts(given: list[str], file: Path | None) -> list[str]:
     """Prompts given one by one and in a file, one a line. Raises UsageError where there are none."""
     if file is not None:
         try:
-            given = given + file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"can't read the prompt file {file}: {error}") from error
+        if not any(map(str.strip, lines)):
+            raise UsageError(f"the prompt file {file} is empty")
+        given = given + lines
     prompts = [prompt.strip() for prompt in given if prompt.strip()]
     if not prompts:
-        raise UsageError(f"the prompt file {file} is empty" if file else "no prompt: give some, or a file by --prompts")
+        raise UsageError("no prompt: give some, or a file by --prompts")
     return prompts
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things: 1 picture, 2 pictures."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 @contextmanager
