@@ -316,12 +316,13 @@ class Bench:
             "steps": self.steps,
             "suite": asdict(self.suite) | {"methods": None, "budgets": None},
             "scores": list(self.model.extra),
+            "dtype": self.model.dtype,
         } | environment()
         file = self.out / "run.json"
         if file.exists():
             known = json.loads(file.read_text(encoding="utf-8"))
-            known.setdefault("scores", [])
-            for name in ("model", "steps", "suite", "scores", "versions"):
+            known = {"scores": [], "dtype": self.model.dtype} | known  # older runs don't tell
+            for name in ("model", "steps", "suite", "scores", "dtype", "versions"):
                 if known[name] != json.loads(json.dumps(settings[name])):
                     raise UsageError(
                         f"the folder {self.out} holds a run with {name} {known[name]},"

@@ -38,6 +38,7 @@ class BenchModel:
         set_scores: the same for all of them together.
         distances: numbers for each to the full result's, beside those that the bench takes of every model.
         extra: names of the scores and distances that were asked for beside the model's own.
+        dtype: name of the dtype of weights and arithmetic.
     """
 
     name: str
@@ -50,6 +51,12 @@ class BenchModel:
     set_scores: Sequence[Callable[[Tensor, Sequence[Any]], dict[str, float]]] = ()
     distances: Sequence[Callable[[Tensor, Tensor], dict[str, list[float]]]] = ()
     extra: Sequence[str] = ()
+    dtype: str = "float32"
+
+    def loaded_as(self, dtype: torch.dtype, device: str = "cpu") -> BenchModel:
+        """One of the bench's own models, in another dtype or on another device. The full result is in it too."""
+        load = partial(load_pipeline, self.name, dtype, device)
+        return replace(self, load=load, dtype=str(dtype).removeprefix("torch."))
 
     def judged_by(self, names: Sequence[str]) -> BenchModel:
         """The same with further scores and distances, by name.
@@ -198,7 +205,9 @@ def any_pipeline(recipe: Recipe, conditions: Sequence[Any], dtype: torch.dtype, 
         return {recipe.argument: list(some), **recipe.call}
 
     measured = [condition for i, condition in enumerate(conditions) if i % 5]
-    model = BenchModel(recipe.model, load, measured, conditions[::5], arguments, recipe.batch)
+    model = BenchModel(
+        recipe.model, load, measured, conditions[::5], arguments, recipe.batch, dtype=str(dtype).removeprefix("torch.")
+    )
     return model.judged_by(recipe.scores)
 
 

@@ -176,6 +176,7 @@ def _heading(out: Path, run: Mapping[str, Any], measured: Sequence[Cell], full: 
         "Run": f"{methods} methods at {_listed(map(str, _budgets(measured)))} full evaluations;"
         f" the full result has {full['steps']} steps",
         "To repeat": f"<pre>{escape(again)}</pre>" if again else "started from Python, not by the command",
+        "Arithmetic": escape(run.get("dtype", "float32")),
         "Versions": escape(", ".join(f"{name} {version}" for name, version in run["versions"].items())),
         "Machine": escape(_machine(run["machine"])),
         "Files from": f"{_date(out / 'run.json')} (begun), {_date(out / 'results.json')} (results)",

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from tap_bench.bench import SUITES, environment
@@ -109,6 +110,8 @@ def retime(report: Path, out: Path, budgets: Sequence[int] | None = None, repeat
     for name in {cell["method"] for cell in cells[1:]} - known.keys():
         raise UsageError(f"{report} has a method that the bench has not: {name}")
     model = MODELS[full["model"]]()
+    dtype = json.loads((report / "run.json").read_text(encoding="utf-8")).get("dtype", "float32")
+    model = model.loaded_as(getattr(torch, dtype))
     pipe = model.load()
     pipe.set_progress_bar_config(disable=True)
     count = SUITES["standard"].tuned_on

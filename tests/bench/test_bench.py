@@ -356,6 +356,8 @@ def test_methods_that_can_do_nothing_here_are_named(tmp_path: Path) -> None:
 
 def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
     bench(tmp_path, "tap")
+    with pytest.raises(UsageError, match="holds a run with dtype float32, not bfloat16"):
+        Bench(replace(tiny_model(), dtype="bfloat16"), {}, SUITE, (4,), tmp_path, STEPS)
     with pytest.raises(UsageError, match="holds a run with steps 12, not 20"):
         Bench(tiny_model(), {}, SUITE, (4,), tmp_path, 20)
 

@@ -17,13 +17,14 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
 from tap_bench import bench, plots
 from tap_bench.methods import registry
-from tap_bench.models import MODELS
+from tap_bench.models import MODELS, fashion
 from tap_bench.report import read_cells, renew_report, summary, verdict, write_report
 from tap_diffusion.apps.cli import app
 from tap_diffusion.core.errors import UsageError
@@ -353,7 +354,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeBench]:
 
 def test_options_reach_the_bench(folder: Path, fake: type[FakeBench]) -> None:
     own = folder / "own.py"
-    own.write_text("from tap_bench.methods import Method\nMETHODS = [Method('mine', 'rival', '', lambda s: [])]\n")
+    own.write_text("from tap_bench.method import Method\nMETHODS = [Method('mine', 'rival', '', lambda s: [])]\n")
     result = run(
         "--suite", "standard", "--methods", "tap,fora", "--methods", own, "--budgets", "9,4,9", "--steps", 20,
         "--out", folder,
@@ -381,6 +382,15 @@ def test_the_suite_can_be_changed_in_samples_and_repeats(
     result = run("--samples", 6, "--out", folder)
     assert result.exit_code == 2
     assert "emoji has 5 samples to be measured on, not 6; give that or less" in result.stderr
+
+
+def test_own_models_in_another_dtype(folder: Path, fake: type[FakeBench], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, "fashion", fashion)
+    assert run("--model", "fashion", "--dtype", "bfloat16", "--out", folder).exit_code == 0
+    model = fake.asked[0]
+    assert model.dtype == "bfloat16"
+    assert {weight.dtype for weight in model.load().transformer.parameters()} == {torch.bfloat16}
+    assert "--model fashion --dtype bfloat16" in (folder / "command.txt").read_text()
 
 
 def test_scores_and_kept_samples_reach_the_bench(
@@ -413,8 +423,7 @@ def test_a_folder_without_recipe_takes_the_budgets_of_the_suite(folder: Path, fa
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--dtype", "bfloat16"], "--dtype is for a folder or hub id; emoji has its own"),
-        (["--model", "fashion", "--device", "cpu"], "--device is for a folder or hub id; fashion has its own"),
+        (["--dtype", "bfloat16", "--device", "cuda:77"], "device 'cuda:77' is not available"),
         (["--prompts", "TAKEN.py"], "--prompts is for a folder or hub id; emoji has its own"),
         (["--model", "nonsense"], "unknown model 'nonsense': give one of emoji, fashion, sprites"),
         (["--methods", "tap,nonsense"], "unknown method 'nonsense': give a FILE.py or some of tap, "),
@@ -434,7 +443,7 @@ def test_a_bad_value_gives_one_line_and_status_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("TAKEN.py").write_text(
-        "from tap_bench.methods import Method\nMETHODS = [Method('tap', 'rival', '', lambda s: [])]\n"
+        "from tap_bench.method import Method\nMETHODS = [Method('tap', 'rival', '', lambda s: [])]\n"
     )
     result = run(*arguments)
     assert result.exit_code == 2, result.output

@@ -35,8 +35,10 @@ BenchModelOption = Annotated[
 BenchPromptsOption = Annotated[
     Path | None, option("What", "--prompts", help="File with one prompt a line, for a folder or hub id.")
 ]
-BenchDTypeOption = Annotated[DType, option("What", help="Of a folder or hub id; auto: bfloat16 on a GPU.")]
-BenchDeviceOption = Annotated[str | None, option("What", help="Of a folder or hub id.", default=WHERE)]
+BenchDTypeOption = Annotated[DType, option("What", help="auto: bfloat16 on a GPU, float32 on a CPU.")]
+BenchDeviceOption = Annotated[
+    str | None, option("What", help="cpu, cuda, cuda:1, …", default=f"{WHERE}; the bench's own models: cpu")
+]
 
 
 def setup(
@@ -49,10 +51,12 @@ def setup(
         from tap_bench import recipes
         from tap_bench.models import MODELS, any_pipeline
     if recipe is None and (model is None or model in MODELS):
-        for option, given in (("--prompts", prompt_file), ("--dtype", dtype.value), ("--device", device)):
-            if given not in (None, DType.auto.value):
-                raise UsageError(f"{option} is for a folder or hub id; {model or 'emoji'} has its own")
-        return MODELS[model or "emoji"](), None
+        if prompt_file is not None:
+            raise UsageError(f"--prompts is for a folder or hub id; {model or 'emoji'} has its own")
+        own = MODELS[model or "emoji"]()
+        if dtype != DType.auto or device is not None:
+            own = own.loaded_as(*placement(dtype, device or "cpu"))
+        return own, None
     made = recipes.Recipe(str(model)) if recipe is None else recipes.load(recipe)
     made = replace(made, model=model or made.model)
     if "/" not in made.model and not Path(made.model).is_dir():
