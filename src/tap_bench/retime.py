@@ -111,7 +111,8 @@ def retime(report: Path, out: Path, budgets: Sequence[int] | None = None, repeat
         raise UsageError(f"{report} has a method that the bench has not: {name}")
     model = MODELS[full["model"]]()
     dtype = json.loads((report / "run.json").read_text(encoding="utf-8")).get("dtype", "float32")
-    model = model.loaded_as(getattr(torch, dtype))
+    if dtype != model.dtype:
+        model = model.loaded_as(getattr(torch, dtype))
     pipe = model.load()
     pipe.set_progress_bar_config(disable=True)
     count = SUITES["standard"].tuned_on

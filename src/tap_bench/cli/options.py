@@ -54,9 +54,10 @@ def setup(
         if prompt_file is not None:
             raise UsageError(f"--prompts is for a folder or hub id; {model or 'emoji'} has its own")
         own = MODELS[model or "emoji"]()
-        if dtype != DType.auto or device is not None:
-            own = own.loaded_as(*placement(dtype, device or "cpu"))
-        return own, None
+        if dtype == DType.auto and device is None:
+            return own, None
+        weights, placed = placement(dtype, device or "cpu")
+        return own.loaded_as(weights, placed), None
     made = recipes.Recipe(str(model)) if recipe is None else recipes.load(recipe)
     made = replace(made, model=model or made.model)
     if "/" not in made.model and not Path(made.model).is_dir():
