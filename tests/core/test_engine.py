@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -344,6 +345,19 @@ def test_report_prints_and_counts() -> None:
     assert str(Engine(CONFIG).report) == "TAP: nothing has run yet"
     with pytest.warns(TAPWarning):
         assert "predicted step" not in str(Driver().run(3).engine.report)
+
+
+def test_a_report_in_a_notebook_is_a_few_lines() -> None:
+    report = Driver().run().engine.report
+    assert repr(report) == str(report)
+    assert len(repr(report).splitlines()) == 4
+    report.notes.append("σ < 1")
+    table = ElementTree.fromstring(report._repr_html_())
+    assert [[cell.text for cell in row] for row in table][2:] == [
+        ["cache", "0.00 MB"],
+        ["tokens by predictor", str(report).splitlines()[3].partition(": ")[2]],
+        [None, "σ < 1"],
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- planned by the tokens

@@ -6,6 +6,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from html import escape
 from statistics import median
 from typing import Any
 
@@ -58,7 +59,7 @@ class Choice:
         return replace(self, index=self.index[samples], loss=None if self.loss is None else self.loss[samples])
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """One trajectory: counts of steps, times, what was chosen, memory.
 
@@ -75,7 +76,7 @@ class Report:
     cache_bytes: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
     choices: list[Choice] = field(default_factory=list)
-    calls: list[tuple[int, bool, Callable[[], float]]] = field(default_factory=list, repr=False)
+    calls: list[tuple[int, bool, Callable[[], float]]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @classmethod
@@ -165,20 +166,31 @@ class Report:
             "choices": self.shares(),
         }
 
-    def __str__(self) -> str:
+    def _lines(self) -> list[tuple[str, str]]:
+        """What is shown: a name, which may be empty, and what there is to say of it."""
         if not self.calls:
-            return "TAP: nothing has run yet"
+            return [("TAP:", "nothing has run yet")]
+        steps = (
+            f"{self.steps} steps, {self.full_steps} full and {self.predicted_steps} predicted"
+            f" ({self.evaluations_speedup:.2f}x fewer evaluations)"
+        )
+        predicted = f", per predicted step {self.predicted_step_ms:.1f} ms" if self.predicted_steps else ""
         lines = [
-            f"TAP: {self.steps} steps, {self.full_steps} full and {self.predicted_steps} predicted"
-            f" ({self.evaluations_speedup:.2f}x fewer evaluations)",
-            f"  time per full step {self.full_step_ms:.1f} ms"
-            + (f", per predicted step {self.predicted_step_ms:.1f} ms" if self.predicted_steps else ""),
-            f"  cache {self.cache_bytes / 1e6:.2f} MB",
+            ("TAP:", steps),
+            ("time", f"per full step {self.full_step_ms:.1f} ms{predicted}"),
+            ("cache", f"{self.cache_bytes / 1e6:.2f} MB"),
         ]
-        shares = self.shares()
-        if shares:
-            lines.append("  tokens by predictor: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
-        for reason, count in self.fallbacks.items():
-            lines.append(f"  {count} calls fell back to a full step: {reason}")
-        lines += [f"  {note}" for note in self.notes]
-        return "\n".join(lines)
+        if shares := self.shares():
+            lines.append(("tokens by predictor:", ", ".join(f"{name} {share:.0%}" for name, share in shares.items())))
+        lines += [(f"{count} calls", f"fell back to a full step: {reason}") for reason, count in self.fallbacks.items()]
+        return lines + [("", note) for note in self.notes]
+
+    def __str__(self) -> str:
+        return "\n  ".join(f"{name} {text}".strip() for name, text in self._lines())
+
+    __repr__ = __str__  # not the maps of choices, which are long
+
+    def _repr_html_(self) -> str:
+        """A small table, for notebooks."""
+        rows = (f"<tr><th>{escape(name.rstrip(':'))}</th><td>{escape(text)}</td></tr>" for name, text in self._lines())
+        return f"<table>{''.join(rows)}</table>"
