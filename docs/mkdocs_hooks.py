@@ -4,7 +4,7 @@ A page includes by HTML comments, which are all that GitHub's view of the file l
 
     <!-- include README.md -->                  its introduction, under the page's own title if it has one
     <!-- include README.md: Use it -->          one section; without its heading where the page's title is the same
-    <!-- bench: budgets --> <!-- weights -->
+    <!-- bench: budgets --> <!-- weights --> <!-- gpu -->
 
 Run as a script it writes the page of results, which GitHub shows as well.
 """
@@ -122,8 +122,8 @@ def filled(markdown: str) -> str:
         return relinked(text, ROOT, "index.md")
 
     markdown = re.sub(r"<!-- include (\S+?)(?:: (.+))? -->", include, markdown)
-    made: dict[str, Callable[[], str]] = {"bench: budgets": lambda: per_model(budgets), "weights": weights}
-    return re.sub(r"<!-- (bench: \w+|weights) -->", lambda match: made[match[1]](), markdown)
+    made: dict[str, Callable[[], str]] = {"bench: budgets": lambda: per_model(budgets), "weights": weights, "gpu": gpu}
+    return re.sub(r"<!-- (bench: \w+|weights|gpu) -->", lambda match: made[match[1]](), markdown)
 
 
 def section(file: Path, heading: str | None) -> str:
@@ -237,7 +237,7 @@ def per_model(show: Callable[[list[Cell]], str]) -> str:
 
 def budgets(cells: list[Cell]) -> str:
     """For each budget what TAP costs and gives, beside the best of what is not TAP; and the plot."""
-    from tap_bench.plots import evaluations_plot
+    from tap_bench.plots import evaluations_plot, one_line
 
     rows = []
     for budget in _budgets(cells):
@@ -251,7 +251,7 @@ def budgets(cells: list[Cell]) -> str:
         rows.append([*ratios, *quality, _named(other), _named(solver)])
     head = ["full steps", "fewer evaluations", "less time", "TAP, dB [95 %]", "SSIM", "best other", "best solver"]
     svg = evaluations_plot(cells, BASELINE)
-    return f'{_table(head, rows)}\n\n<div class="plot">{_unindented(svg)}</div>'
+    return f'{_table(head, rows)}\n\n<div class="plot">{one_line(svg)}</div>'
 
 
 def results(cells: list[Cell]) -> str:
@@ -289,6 +289,13 @@ def weights(anchors: tuple[float, ...] = (24.0, 16.0, 8.0), t: float = 28.0) -> 
     return _table(["family", "order", *(f"step {anchor:g}" for anchor in anchors), "sum"], rows)
 
 
+def gpu() -> str:
+    """What was measured on a GPU, or that nothing was."""
+    from tap_bench.gpu_page import shown
+
+    return relinked(shown(ROOT / "docs" / "performance" / "gpu"), ROOT / "docs", "performance.md")
+
+
 def _budgets(cells: list[Cell]) -> list[int]:
     return sorted({cell["budget"] for cell in cells}, reverse=True)
 
@@ -308,11 +315,6 @@ def _times(cell: Cell | None) -> str:
 def _table(head: list[str], rows: list[list[str]]) -> str:
     marks = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, marks, *rows])
-
-
-def _unindented(svg: str) -> str:
-    """Markdown ends an HTML block at an empty line, and takes indented lines for code."""
-    return "".join(line.strip() + " " for line in svg.splitlines() if line.strip())
 
 
 def results_page() -> str:

@@ -15,15 +15,15 @@ from matplotlib.figure import Figure
 MARKERS = {"tap": "*", "rival": "o", "peer": "s", "solver": "^"}
 FAMILIES = {"tap": "TAP and variants", "rival": "rival, same engine", "peer": "peer, its own code", "solver": "solver"}
 # Colours that are replaced by CSS variables of these names.
-_COLOURS = {
+COLOURS = {
     "ink": "#010101", "faint": "#020202", "grid": "#030303", "page": "#040404",
     "tap": "#050505", "rival": "#060606", "peer": "#070707", "solver": "#080808",
 }  # fmt: skip
-_STYLE: Any = {
+STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "tap", "text.parse_math": False, "font.size": 10,
     "axes.spines.top": False, "axes.spines.right": False,
-    "text.color": _COLOURS["ink"], "axes.labelcolor": _COLOURS["ink"], "axes.edgecolor": _COLOURS["ink"],
-    "xtick.color": _COLOURS["ink"], "ytick.color": _COLOURS["ink"], "grid.color": _COLOURS["grid"],
+    "text.color": COLOURS["ink"], "axes.labelcolor": COLOURS["ink"], "axes.edgecolor": COLOURS["ink"],
+    "xtick.color": COLOURS["ink"], "ytick.color": COLOURS["ink"], "grid.color": COLOURS["grid"],
 }  # fmt: skip
 _ASIDE = 0.011  # of the range of budgets, between the points of methods that share one
 _LABEL_GAP = 0.048  # of the axes' height
@@ -64,14 +64,14 @@ def _plot(cells: Sequence[dict[str, Any]], baseline: str, x: str, label: str, lo
     for cell in sorted(cells, key=lambda cell: cell[x]):
         curves.setdefault(cell["method"], []).append(cell)
     named = [method for method in curves if method in best]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.6, 5))
         axes = figure.add_axes((0.07, 0.1, 0.68, 0.8))
         axes.grid(linewidth=0.6)
         for method, curve in curves.items():
             if method not in best:
                 axes.plot(
-                    [cell[x] for cell in curve], [cell["psnr_db"] for cell in curve], color=_COLOURS["faint"],
+                    [cell[x] for cell in curve], [cell["psnr_db"] for cell in curve], color=COLOURS["faint"],
                     marker=_marker(curve[0]), markersize=4, linewidth=0.7, zorder=2,
                 )  # fmt: skip
         budgets = sorted({cell["budget"] for cell in cells})
@@ -88,10 +88,10 @@ def _plot(cells: Sequence[dict[str, Any]], baseline: str, x: str, label: str, lo
         if x == "full_steps":
             axes.set_xticks(budgets)
         for family in (family for family in MARKERS if any(cell["family"] == family for cell in cells)):
-            style: dict[str, Any] = {"color": _COLOURS[family], "marker": MARKERS[family], "linewidth": 1.2}
+            style: dict[str, Any] = {"color": COLOURS[family], "marker": MARKERS[family], "linewidth": 1.2}
             axes.plot([], [], label=FAMILIES[family], **style)
         axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=4, frameon=False, fontsize=9, columnspacing=1.2)
-        return _svg(figure, prefix=x)
+        return as_svg(figure, prefix=x)
 
 
 def _curve(axes: Axes, curve: Sequence[dict[str, Any]], xs: Sequence[float], ranges: bool, strong: bool) -> None:
@@ -105,7 +105,7 @@ def _curve(axes: Axes, curve: Sequence[dict[str, Any]], xs: Sequence[float], ran
                  [cell["time_speedup_range"][1] - x for x, cell in zip(xs, curve, strict=True)]]  # fmt: skip
     axes.errorbar(
         xs, ys, yerr=spread, xerr=aside, color=_colour(curve[0]), marker=_marker(curve[0]),
-        markersize=(11 if strong else 8) if curve[0]["family"] == "tap" else 6, markeredgecolor=_COLOURS["page"],
+        markersize=(11 if strong else 8) if curve[0]["family"] == "tap" else 6, markeredgecolor=COLOURS["page"],
         markeredgewidth=0.6, linewidth=2.6 if strong else 1.3, elinewidth=1, zorder=4 if strong else 3,
     )  # fmt: skip
 
@@ -139,10 +139,10 @@ def _marker(cell: dict[str, Any]) -> str:
 
 
 def _colour(cell: dict[str, Any]) -> str:
-    return _COLOURS.get(cell["family"], _COLOURS["ink"])
+    return COLOURS.get(cell["family"], COLOURS["ink"])
 
 
-def _svg(figure: Figure, prefix: str) -> str:
+def as_svg(figure: Figure, prefix: str) -> str:
     """The figure as an element of a page: with ids of its own and colours by name."""
     FigureCanvasSVG(figure)
     file = io.StringIO()
@@ -150,6 +150,11 @@ def _svg(figure: Figure, prefix: str) -> str:
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
-    for name, colour in _COLOURS.items():
+    for name, colour in COLOURS.items():
         text = text.replace(colour, f"var(--{name})")
     return text
+
+
+def one_line(svg: str) -> str:
+    """A picture that Markdown takes: it ends an HTML block at an empty line, and takes indented lines for code."""
+    return "".join(line.strip() + " " for line in svg.splitlines() if line.strip())

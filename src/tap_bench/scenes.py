@@ -21,7 +21,7 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, Literal
@@ -31,10 +31,12 @@ import torch.nn.functional as F
 import typer
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from tap_diffusion.apps.files import write_whole
 from tap_diffusion.apps.generate import psnr
 from tap_diffusion.apps.sheets import sheet
 from tap_diffusion.demo import data
@@ -187,8 +189,13 @@ def captions(count: int, split: Literal["train", "test"]) -> list[str]:
 
 
 def load(folder: Path) -> Tensor:
-    """The objects, as premultiplied RGBA in [0, 1], (len(OBJECTS), 4, 96, 96)."""
-    return data.cutouts(folder, OBJECTS, "fluent", 96)
+    """The objects, as premultiplied RGBA in [0, 1], (len(OBJECTS), 4, 96, 96); kept in the folder once made."""
+    file = folder / "objects.safetensors"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        objects = data.cutouts(folder, OBJECTS, "fluent", 96)
+        write_whole(file, partial(save_file, {"objects": (255 * objects).round().to(torch.uint8).contiguous()}))
+    return load_file(file)["objects"].float() / 255
 
 
 def _ground(shown: Scene, size: int) -> Tensor:

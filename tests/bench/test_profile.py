@@ -19,10 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 import tap_diffusion as tap
-from tap_bench import gpu
+from tap_bench import gpu, gpu_page
 from tap_bench.profile import profile, scaling
 from tap_bench.profile.floor import Rates, Work, count, floor, measured_rates
-from tap_bench.profile.loops import METHODS, Loops
+from tap_bench.profile.loops import METHODS
 from tap_bench.profile.sizes import SIZES, Grid, build, skeleton
 from tap_bench.profile.subjects import Subject, of_model, of_size
 from tap_bench.profile.timing import measure
@@ -414,55 +414,83 @@ def test_peers_beside_tap(tmp_path: Path) -> None:
     assert all(f"{row['speedup']:.2f}x" in result.stdout for row in loops.values())
 
 
+# ------------------------------------------------------------------------------------------------------------- on a GPU
+
+
+def run_part(name: str, file: Path) -> Any:
+    return CliRunner().invoke(gpu.app, [name, "--tiny", "--out", str(file)])
+
+
 @pytest.mark.slow
-def test_gpu_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "gpu.json"
-    arguments = ["--smoke", "--steps", "12", "--full-steps", "4", "--repeats", "1", "--out", str(file)]
-    broken = Loops.compiled
-    monkeypatch.setattr(Loops, "compiled", lambda *_: 1 / 0)
-    with pytest.raises(SystemExit, match="failed: tiny: compiled"):
-        gpu.main(arguments)
-    first = json.loads(file.read_text())
-    assert first["tiny: compiled"] == {"error": "ZeroDivisionError: division by zero"}
-    loops = first["tiny: loops"]
-    assert loops.keys() == {"plain", *METHODS}
-    assert loops["plain"]["full_steps"] == 12
+def test_parts_for_a_gpu(tmp_path: Path) -> None:
+    """On a CPU, with a tiny model: what they count is right, and what they time is there."""
+    found = {}
+    for name in ("flux", "peers", "others", "memory"):
+        result = run_part(name, tmp_path / f"{name}.json")
+        assert result.exit_code == 0, result.output
+        found[name] = json.loads((tmp_path / f"{name}.json").read_text())
+        assert found[name]["tiny"] is True
+    flux = found["flux"]
+    assert [flux["off"][name] for name in ("interval_1_equal", "disabled_equal", "finite")] == [True] * 3
+    assert flux["profile"]["full_steps"] == 2
+    assert flux["12 steps"].keys() == {"plain", "5x", "6.25x", "took_s"}
+    for title, steps in (("12 steps", 12), ("9 steps", 9)):
+        for name, row in flux[title].items():
+            if name != "took_s":
+                assert row["seconds"] > 0
+                assert row.get("full_steps", 2) == 2
+                if "full_steps" in row:
+                    assert row["share_of_limit"] == pytest.approx(row["speedup"] * 2 / steps)
+    loops = found["peers"]["loops"]
     assert {loops[name]["full_steps"] for name in METHODS if name != "diffusers-first-block"} == {4}
-    assert loops["diffusers-first-block"]["full_steps"] < 12  # as near as a threshold gets
-    assert all(row["seconds"] > 0 for row in loops.values())
-    assert first["tiny: profile"]["full_steps"] == 4
+    assert found["others"]["wan-1.3b"]["5x"]["full_steps"] == 2
+    assert all(found["memory"][name]["full_steps"] == 4 for name in ("tap", "tap-offload"))
 
-    monkeypatch.setattr(Loops, "compiled", broken)
-    gpu.main(arguments)  # goes on where it was
-    second = json.loads(file.read_text())
-    assert second["tiny: loops"] == loops
-    assert second["tiny: compiled"].keys() == {"plain", "tap"}
+    page = gpu_page.shown(tmp_path, tiny=True)
+    assert "outputs are the plain model's to the bit" in page
+    for name in ("| FLUX.1-dev, 12 steps | 6.25x |", "| wan-1.3b | plain |", "| cache-dit |", "| FLUX.1-dev, memory |"):
+        assert name in page
+    assert page.count("<svg") == 1
+    assert gpu_page.shown(tmp_path) == gpu_page.NOT_RUN  # of tiny models nothing is shown
 
 
-def test_gpu_script_tests_and_times_the_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_section_that_fails_is_told_and_the_next_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_waits", lambda *_: 1 / 0)
+    monkeypatch.setattr(gpu, "_loops", lambda *_, **__: {"seconds": 1.0})
+    result = run_part("flux", tmp_path / "flux.json")
+    assert result.exit_code == 1
+    assert "failed: waits" in result.output
+    found = json.loads((tmp_path / "flux.json").read_text())
+    assert found["waits"]["error"] == "ZeroDivisionError: division by zero"
+    assert found["12 steps"]["seconds"] == 1.0
+    assert "Failed in `flux`: waits: ZeroDivisionError: division by zero" in gpu_page.shown(tmp_path, tiny=True)
+
+
+def test_kernels_are_timed_and_their_tests_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     commands = []
 
     def run(command: list[str], **_: Any) -> Any:
         commands.append(command[2])
         if "--out" in command:
-            Path(command[-1]).write_text('{"rows": []}')
+            Path(command[command.index("--out") + 1]).write_text('{"rows": []}')
         return SimpleNamespace(returncode=int(command[2] == failing), stdout="1 failed\n60 passed in 9s\n", stderr="")
 
     monkeypatch.setattr("subprocess.run", run)
     monkeypatch.chdir(tmp_path)
     failing = ""
-    assert gpu.kernels() == {"rows": []}  # not in a checkout
-    (tmp_path / "tests" / "core").mkdir(parents=True)
-    (tmp_path / "tests" / "core" / "test_kernels.py").touch()
-    assert gpu.kernels() == {"tests": "60 passed in 9s", "rows": []}
-    assert commands == ["tap_bench.kernels", "pytest", "tap_bench.kernels"]
+    assert run_part("kernels", tmp_path / "kernels.json").exit_code == 0
+    assert commands == ["tap_bench.kernels"]  # not in a checkout
+    gpu.TESTS[0].parent.mkdir(parents=True)
+    gpu.TESTS[0].touch()
+    assert run_part("kernels", tmp_path / "kernels.json").exit_code == 0
+    assert json.loads((tmp_path / "kernels.json").read_text())["tests"]["passed"] == "60 passed in 9s"
     failing = "pytest"
-    with pytest.raises(RuntimeError, match="pytest failed:\n1 failed"):
-        gpu.kernels()
+    assert run_part("kernels", tmp_path / "kernels.json").exit_code == 1
+    assert "RuntimeError: pytest failed" in (tmp_path / "kernels.json").read_text()
 
 
-def test_gpu_script_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit):
-        gpu.main([])
-    assert "there is no GPU; --smoke runs on the CPU" in capsys.readouterr().err
+    result = CliRunner().invoke(gpu.app, ["flux", "--out", str(tmp_path / "flux.json")])
+    assert result.exit_code == 2
+    assert "there is no GPU; --tiny runs on the CPU" in result.stderr

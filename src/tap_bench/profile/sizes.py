@@ -176,7 +176,9 @@ class RandomPipeline(DiffusionPipeline):
     What it returns means nothing. What it costs is what the denoising loop of a real pipeline costs.
     """
 
+    model_cpu_offload_seq = "transformer"
     shape: tuple[int, ...]  # of the latents, with batch
+    branches: tuple[str, ...] = ("cond",)  # with "uncond" guidance takes two calls a step
     conditions: dict[str, Any]
     time: float
 
@@ -199,16 +201,19 @@ class RandomPipeline(DiffusionPipeline):
         scheduler.set_begin_index(0)  # else its first step waits for the device
         for t in self.progress_bar(scheduler.timesteps):
             time = (t * (self.time / 1000)).expand(len(z)).to(z.dtype)
-            output = self._call(hidden_states=z, timestep=time, return_dict=False, **self.conditions)[0]
+            given = {"hidden_states": z, "timestep": time, "return_dict": False} | self.conditions
+            output, *other = (self._call(branch, **given)[0] for branch in self.branches)
+            if other:
+                output = other[0] + 5.0 * (output - other[0])
             # DiT and PixArt give a variance as well.
             z = scheduler.step(output[:, : z.shape[1]], t, z, return_dict=False)[0]
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=z)
 
-    def _call(self, **arguments: Any) -> Any:
+    def _call(self, branch: str, **arguments: Any) -> Any:
         if not hasattr(self.transformer, "cache_context"):
             return self.transformer(**arguments)
-        with self.transformer.cache_context("cond"):
+        with self.transformer.cache_context(branch):
             return self.transformer(**arguments)
 
 
