@@ -25,7 +25,7 @@ class Timeline:
 
     Attributes:
         noise: σ/α of the latent x = α x₀ + σ ε that each step starts from, strictly decreasing; the first may be
-            infinite. Where steps add noise to a picture (inversion), strictly increasing; the first may be 0.
+            infinite.
         prediction: what the model predicts: ``flow`` ε - x₀ with α + σ = 1; with α² + σ² = 1 ``epsilon`` ε,
             ``v_prediction`` α ε - σ x₀, or ``sample`` x₀. None: something else, or it is not known.
         full: steps that are full, the first among them, on which the clock is even; without them it is the pace.
@@ -120,7 +120,7 @@ class Timeline:
             return 1.0
         mean = sum(self.pace[step] for step in self.full) / (len(self.full) * self.pace[-2])
         growth = min(1.0, max(0.0, (EVEN - mean) / (EVEN - DENSE)))
-        way = math.atan(math.sqrt(max(self.noise[0], self.end))) / (math.pi / 2)
+        way = math.atan(math.sqrt(self.noise[0])) / (math.pi / 2)
         return 1 - growth * (1 - min(1.0, len(self.full) / (10 * way)))
 
     @property
@@ -172,8 +172,7 @@ class Timeline:
             alpha, sigma = np.cos(angle) / total, np.sin(angle) / total
         else:
             alpha, sigma = np.cos(angle), np.sin(angle)
-        next_alpha, next_sigma, alpha = alpha[1:], sigma[1:], alpha[:-1]
-        sigma = np.maximum(sigma[:-1], 1e-12)  # an inversion starts at 0
+        alpha, next_alpha, sigma, next_sigma = alpha[:-1], alpha[1:], sigma[:-1], sigma[1:]
         # x₀ and ε as sums of x and F, so that the next x is α' x₀ + σ' ε, and F as a function of x for a given x₀.
         match self.prediction:
             case "flow":

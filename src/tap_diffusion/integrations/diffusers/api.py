@@ -104,7 +104,7 @@ def trajectory(
     """One run of a loop of your own: within this, this thread's calls of the transformer are one trajectory.
 
     It goes before all else that TAP knows of the noise, and the cache is freed at its end. Needed where sigmas differ
-    from run to run (inversion and edit), or where several runs with one prompt take turns.
+    from run to run, as in inversion and edit.
 
     Args:
         module: the transformer, on which TAP is enabled.

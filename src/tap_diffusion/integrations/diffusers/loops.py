@@ -41,7 +41,7 @@ class Loop:
             raise ConfigError(f"prediction is {prediction!r}; it must be None or {_either(get_args(Prediction))}")
         self._prediction, self._fresh_noise = prediction, fresh_noise
         self._name = "alphas_cumprod" if sigmas is None else "sigmas"
-        conventions: list[list[float]] = []  # of the timestep, of which the first call tells the right one
+        conventions: list[list[float]] = []  # of the timestep, the smaller first, of which calls tell the right one
         if sigmas is None:
             if prediction == "flow":
                 raise ConfigError(
@@ -53,14 +53,15 @@ class Loop:
             self._noise = [math.sqrt(_ratio(1 - a, a)) for a in _levels(self._name, alphas_cumprod, 1)]
         elif prediction == "flow":
             levels = _levels(self._name, sigmas, 1)
-            self._noise = [_ratio(s, 1 - s) for s in levels]
+            # An inversion is a flow to the noise, of which less and less is missing.
+            self._noise = [_ratio(s, 1 - s) if levels[-1] < levels[0] else _ratio(1 - s, s) for s in levels]
             directions = levels, [1 - s for s in levels]
             conventions = [[scale * s for s in direction] for scale in (1, 1000) for direction in directions]
         else:
             self._noise = _levels(self._name, sigmas, math.inf)
             conventions = [self._noise]
-        self._conventions = [values[:-1] for values in conventions]
-        self._times = None if times is None else self._checked(times)
+        self._times = [values[:-1] for values in conventions] if times is None else [self._checked(times)]
+        self._is_begun = times is not None  # else it is the first step that tells what the timestep is
 
     def _checked(self, times: Numbers) -> list[float]:
         found = _numbers("times", times)
@@ -84,24 +85,18 @@ class Loop:
         time = number(timestep, rising)
         is_float = isinstance(timestep, Tensor) and timestep.is_floating_point()
         precision = torch.finfo(timestep.dtype if is_float else torch.float32).eps
-        if self._times is None:
-            begun = [values for values in self._conventions if _place(values, time, precision) == 0]
-            if not begun:
-                raise ValueError(
-                    f"the first call of the loop has timestep {time:g}, where the {self._name} that TAP was told begin"
-                    f" with {_either(format(values[0], 'g') for values in self._conventions)}: give the {self._name} that"
-                    " the loop runs through, and its timesteps, times=..., where they are something else"
-                )
-            self._times = begun[0]
-        step = _place(self._times, time, precision)
-        if step is None:
+        possible = self._times if self._is_begun else [times for times in self._times if _is_near(time, times[0])]
+        places = [(times, _place(times, time, precision)) for times in possible]
+        found = [(times, step) for times, step in places if step is not None]
+        if not found:
+            begin = _either(format(times[0], "g") for times in self._times)
             raise ValueError(
-                f"a call of the loop has timestep {time:g}, which is none of its {len(self)} steps, from"
-                f" {self._times[0]:g} to {self._times[-1]:g}, by the {self._name} that TAP was told: give those that the"
-                " loop runs through, the last being where the last step ends (mostly 0), and its timesteps, times=...,"
-                " where they are something else"
+                f"a call of the loop has timestep {time:g}, which is none of its {len(self)} steps by the {self._name}"
+                f" that TAP was told, which begin with {begin}: give those that the loop runs through, the last being"
+                " where the last step ends (mostly clean), and its timesteps, times=..., where they are something else"
             )
-        return Told(step, len(self))
+        self._times, self._is_begun = [times for times, _ in found], True
+        return Told(found[0][1], len(self))
 
     def known(self, call: Call, step: int) -> Call:
         """A call at a step, with what the loop knows of the trajectory that it starts.
@@ -111,6 +106,8 @@ class Loop:
         """
         first = len(self) - (call.steps or 0)
         if call.starts_trajectory:
+            if self._noise[-1] > self._noise[0]:
+                return replace(call, unread="the noise of this loop rises, which TAP follows where a flow is predicted")
             return replace(call, timeline=self._timeline(first))
         if first + call.step != step:
             raise ValueError(
@@ -161,6 +158,11 @@ def _check_order(name: str, values: list[float]) -> None:
 
 def _ratio(a: float, b: float) -> float:
     return a / b if b > 0 else math.inf
+
+
+def _is_near(time: float, first: float) -> bool:
+    """Up to rounding to bfloat16."""
+    return math.isclose(time, first, rel_tol=1e-2, abs_tol=4e-3)
 
 
 def _place(times: list[float], time: float, precision: float) -> int | None:
