@@ -26,7 +26,7 @@ class Flux(FluxTransformer2DModel):
         return output
 
 
-ARGUMENTS = {"timestep": "timesteps", "conditioning": "txt"}
+ARGUMENTS: dict[str, Any] = {"timestep": "timesteps", "conditioning": "txt"}
 
 
 def flux_of(transformer: FluxTransformer2DModel) -> Flux:

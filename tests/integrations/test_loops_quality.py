@@ -57,7 +57,7 @@ def compare(name: str, own: float, in_pipeline: float) -> None:
 
 
 def test_sample_euler(emoji: Any, flux: Flux) -> None:
-    guidance = {"negative_prompt": [""] * 4, "true_cfg_scale": 2.0}
+    guidance: dict[str, Any] = {"negative_prompt": [""] * 4, "true_cfg_scale": 2.0}
     with tap.enabled(emoji, CONFIG):
         in_pipeline = latents(emoji, START, **guidance)
     plain = latents(emoji, START, **guidance)

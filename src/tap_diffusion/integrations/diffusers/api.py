@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -138,7 +139,8 @@ def enable(target: DiffusionPipeline | nn.Module, config: TAPConfig | None = Non
 
     Prefer the pipeline: its scheduler tells TAP where a run begins and ends. By its timesteps alone a transformer
     can tell a new run too, as long as that starts higher than the last one stopped or has other prompt embeddings,
-    but it keeps the cache until the next run or :func:`disable`, and on a GPU it waits for the timestep.
+    but it keeps the cache until the next run or :func:`disable`, and on a GPU it waits for the timestep. In a loop of
+    your own, :func:`apply_tap` takes its noise.
 
     All transformers of a pipeline are accelerated, each with a cache and warm-up of its own (Wan 2.2 has two).
 
@@ -259,12 +261,12 @@ def _with_arguments(
     module: nn.Module, spec: TransformerSpec, timestep: str | None, conditioning: str | None
 ) -> TransformerSpec:
     """A spec with the arguments of the transformer that its user names."""
-    known = parameters(type(module).forward)
+    known = inspect.signature(type(module).forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     for name in (timestep, conditioning):
-        if name is not None and name not in known:
-            raise UnsupportedModelError(
-                f"{type(module).__name__}.forward has no argument {name!r}, but {', '.join(known)}"
-            )
+        if name is not None and name not in known and not takes_any:
+            others = ", ".join(list(known)[1:])
+            raise UnsupportedModelError(f"{type(module).__name__}.forward has no argument {name!r}, but {others}")
     return replace(spec, timestep=timestep or spec.timestep, conditioning=conditioning or spec.conditioning)
 
 
@@ -282,11 +284,11 @@ def _inferred_spec(
     if probe is not None and not hasattr(first, probe):
         raise UnsupportedModelError(f"the first block of this {title} has no child named {probe!r}")
     known = parameters(type(module).forward)
-    times = [name for name in (timestep, "timestep", "timesteps", "t", "sigma") if name in known]
+    times = [timestep] if timestep else [name for name in ("timestep", "timesteps", "t", "sigma") if name in known]
     if not times:
         raise UnsupportedModelError(
-            f"{title}.forward has no argument that TAP knows to tell the time: name it, timestep=..., one of"
-            f" {', '.join(known)}"
+            f"{title}.forward has no argument that tells the time, by a name that TAP knows: name it, timestep=..., one"
+            f" of {', '.join(known)}"
         )
     conditions = [name for name in ("encoder_hidden_states", "y", "context", "class_labels") if name in known]
     return TransformerSpec(
