@@ -119,6 +119,45 @@ def test_a_later_start_has_the_rest(pipe: Any, flux: Flux) -> None:
     assert full_steps(flux) == steps
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_ddim_by_hand_has_what_ddim_has(pipe: Any, flux: Flux, prediction: Any) -> None:
+    """Stepped by diffusers' scheduler, which TAP finds and reads, and by arithmetic of which it is told."""
+    condition = inputs(pipe, WORDS[:1], TOKENS)
+    ddim = diffusers.DDIMScheduler(prediction_type=prediction, clip_sample=False)
+    ddim.set_timesteps(STEPS)
+    times = ddim.timesteps.tolist()
+    products = [*ddim.alphas_cumprod[ddim.timesteps].tolist(), 1.0]
+
+    def output(x: Tensor, time: int) -> Tensor:
+        return flux(img=x, timesteps=torch.tensor([time]), **condition)
+
+    @torch.no_grad()
+    def stepped(scheduler: Any) -> Tensor:
+        x = START
+        for time in scheduler.timesteps:
+            x = scheduler.step(output(x, int(time)), time, x)[0]
+        return x
+
+    @torch.no_grad()
+    def by_hand() -> Tensor:
+        x = START
+        for time, (now, then) in zip(times, pairwise(products), strict=True):
+            f, alpha, sigma = output(x, time), now**0.5, (1 - now) ** 0.5
+            clean = {"epsilon": (x - sigma * f) / alpha, "v_prediction": alpha * x - sigma * f, "sample": f}[prediction]
+            x = then**0.5 * clean + (1 - then) ** 0.5 * (x - alpha * clean) / sigma
+        return x
+
+    flux.clock = lambda told: told / 1000
+    tap.apply_tap(flux, CONFIG, **ARGUMENTS)
+    expected = stepped(ddim)
+    planned = full_steps(flux)
+    tap.apply_tap(flux, CONFIG, **ARGUMENTS, alphas_cumprod=products, times=times, prediction=prediction)
+    own = by_hand()
+    assert full_steps(flux) == planned
+    assert len(planned) == 5
+    assert (own - expected).norm() < 1e-3 * expected.norm()
+
+
 # ----------------------------------------------------------------------------------------------- the noise that is told
 
 

@@ -29,7 +29,7 @@ class Timeline:
         prediction: what the model predicts: ``flow`` ε - x₀ with α + σ = 1; with α² + σ² = 1 ``epsilon`` ε,
             ``v_prediction`` α ε - σ x₀, or ``sample`` x₀. None: something else, or it is not known.
         full: steps that are full, the first among them, on which the clock is even; without them it is the pace.
-        fresh_noise: the class of the scheduler, where its steps add random noise; None where they add none.
+        fresh_noise: what adds random noise at its steps, the class of a scheduler mostly; None where none is added.
         kept: correlation of the noise in a latent with that in the next one, median over the steps; 1: none is fresh.
         tokens: of the stream, N, all frames of a video together; None: not known yet, which counts as few.
         end: the noise that the last step leaves.

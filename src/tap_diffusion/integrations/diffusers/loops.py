@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any, get_args
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tap_diffusion.core.call import Call
@@ -17,7 +18,7 @@ from tap_diffusion.core.errors import ConfigError
 from tap_diffusion.core.timeline import Prediction, Timeline
 from tap_diffusion.integrations.diffusers.tracking import Told, number
 
-Numbers = Sequence[float] | Tensor  # or an array of numpy
+Numbers = Sequence[float] | Tensor | NDArray[Any]
 
 
 class Loop:
@@ -172,10 +173,8 @@ def _place(times: list[float], time: float, precision: float) -> int | None:
         precision: relative, of the time.
     """
     step = min(range(len(times)), key=lambda i: abs(times[i] - time))
-    apart = min(
-        (abs(times[step] - other) for other in (*times[max(step - 1, 0) : step], *times[step + 1 : step + 2])),
-        default=0.0,
-    )
+    neighbours = times[max(step - 1, 0) : step + 2]
+    apart = min((abs(other - times[step]) for other in neighbours if other != times[step]), default=0.0)
     allowed = max(apart / 4, 2 * precision * max(map(abs, times)))
     return step if abs(times[step] - time) <= allowed else None
 
