@@ -12,7 +12,7 @@ from tap_diffusion.core.errors import ConfigError, TAPWarning, UnsupportedModelE
 
 if TYPE_CHECKING:
     from tap_diffusion.core.report import Report
-    from tap_diffusion.integrations.diffusers.api import apply_tap, disable, enable, enabled, report
+    from tap_diffusion.integrations.diffusers.api import apply_tap, disable, enable, enabled, report, trajectory
 
 __version__ = "0.1.0"
 
@@ -27,6 +27,7 @@ __all__ = [
     "enable",
     "enabled",
     "report",
+    "trajectory",
 ]
 
 

@@ -375,6 +375,12 @@ def a_loop_without_scheduler() -> None:
     denoise(transformer, CASES["WanTransformer3DModel"])
 
 
+def a_loop_of_other_sigmas() -> None:
+    transformer = build("WanTransformer3DModel")
+    tap.apply_tap(transformer, sigmas=[0.7, 0.4, 0.2, 0.0])
+    denoise(transformer, CASES["WanTransformer3DModel"])
+
+
 def two_caches() -> None:
     transformer = build_transformer()
     transformer.enable_cache(FirstBlockCacheConfig())
@@ -427,6 +433,7 @@ def test_messages_are_quoted_as_they_come(monkeypatch: pytest.MonkeyPatch, tmp_p
         told(two_caches),
         told(lambda: copy.deepcopy(enabled_and_run().transformer)),
         told(a_loop_without_scheduler),
+        told(a_loop_of_other_sigmas),
         told(lambda: enabled_and_run(config=preset)),
         told(lambda: tap.report(build_pipeline())),
         told(more_than_prompts),

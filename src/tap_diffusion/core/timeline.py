@@ -25,13 +25,14 @@ class Timeline:
 
     Attributes:
         noise: σ/α of the latent x = α x₀ + σ ε that each step starts from, strictly decreasing; the first may be
-            infinite. After the last step there is none.
+            infinite.
         prediction: what the model predicts: ``flow`` ε - x₀ with α + σ = 1; with α² + σ² = 1 ``epsilon`` ε,
             ``v_prediction`` α ε - σ x₀, or ``sample`` x₀. None: something else, or it is not known.
         full: steps that are full, the first among them, on which the clock is even; without them it is the pace.
-        fresh_noise: the class of the scheduler, where its steps add random noise; None where they add none.
+        fresh_noise: what adds random noise at its steps, the class of a scheduler mostly; None where none is added.
         kept: correlation of the noise in a latent with that in the next one, median over the steps; 1: none is fresh.
         tokens: of the stream, N, all frames of a video together; None: not known yet, which counts as few.
+        end: the noise that the last step leaves.
     """
 
     noise: tuple[float, ...]
@@ -40,6 +41,7 @@ class Timeline:
     fresh_noise: str | None = None
     kept: float = 1.0
     tokens: int | None = None
+    end: float = 0.0
 
     def __len__(self) -> int:
         return len(self.noise)
@@ -164,14 +166,13 @@ class Timeline:
     @cached_property
     def _solver(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         """A and B of every first-order step, and ∂F/∂x where one x₀ is possible."""
-        noise = np.array(self.noise)
-        angle = np.arctan(noise)
+        angle = np.arctan([*self.noise, self.end])
         if self.prediction == "flow":
             total = np.sin(angle) + np.cos(angle)
             alpha, sigma = np.cos(angle) / total, np.sin(angle) / total
         else:
             alpha, sigma = np.cos(angle), np.sin(angle)
-        next_alpha, next_sigma = np.append(alpha[1:], 1.0), np.append(sigma[1:], 0.0)
+        alpha, next_alpha, sigma, next_sigma = alpha[:-1], alpha[1:], sigma[:-1], sigma[1:]
         # x₀ and ε as sums of x and F, so that the next x is α' x₀ + σ' ε, and F as a function of x for a given x₀.
         match self.prediction:
             case "flow":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -12,8 +14,10 @@ from torch import nn
 from tap_diffusion.core.config import TAPConfig
 from tap_diffusion.core.errors import UnsupportedModelError
 from tap_diffusion.core.report import Report
+from tap_diffusion.core.timeline import Prediction
 from tap_diffusion.integrations.depth import Depth, parameters, unwrapped
 from tap_diffusion.integrations.diffusers.hook import TAPHook, refuse_other_caches, register, schedulers_of, unregister
+from tap_diffusion.integrations.diffusers.loops import Loop, Numbers
 from tap_diffusion.integrations.specs import REFUSED, SPECS, Stream, TransformerSpec
 
 _NAME = "tap_diffusion"
@@ -25,7 +29,14 @@ def apply_tap(
     *,
     blocks: str | Sequence[str] | None = None,
     probe: str | None = None,
+    timestep: str | None = None,
+    conditioning: str | None = None,
     spec: TransformerSpec | None = None,
+    sigmas: Numbers | None = None,
+    alphas_cumprod: Numbers | None = None,
+    times: Numbers | None = None,
+    prediction: Prediction | None = "flow",
+    fresh_noise: bool = False,
 ) -> None:
     """Accelerate a transformer, in the manner of diffusers' ``apply_*`` hooks.
 
@@ -36,29 +47,43 @@ def apply_tap(
     run one after the other and each takes and returns the stream of tokens, (B, N, D), as first argument and only
     result; the rest is found by itself. For anything else write a spec.
 
+    Where no scheduler of diffusers runs the transformer, but a loop of your own, say what its noise is. Then full
+    steps, clock and hindsight are what they are in a pipeline (docs/your-own-loop.md).
+
     Args:
         module: the transformer.
         config: defaults to ``TAPConfig()``.
         blocks: names of the lists of blocks, in the order in which they run.
         probe: child of the first block whose input is the probe; by default the first that looks like attention.
+        timestep: argument of the transformer that tells the time, if not ``timestep``, ``timesteps``, ``t``, ``sigma``
+            or what is known of its class.
+        conditioning: argument that tells the branches of guidance apart, and new prompts, if not
+            ``encoder_hidden_states``, ``y``, ``context``, ``class_labels`` or what is known of its class.
         spec: a ``TransformerSpec`` (of :mod:`tap_diffusion.integrations.specs`) that tells everything, instead of
             ``blocks`` and ``probe``.
+        sigmas, alphas_cumprod, times, prediction, fresh_noise: of the loop, as for :func:`trajectory`; for loops that
+            differ, say it there.
 
     Raises:
         UnsupportedModelError: the class is not known and no blocks are named, or it can't be accelerated.
         ValueError: another cache is enabled on it, diffusers' or cache-dit's.
         TypeError: ``config`` is something else than a ``TAPConfig``.
+        ConfigError: what is said of the loop can't be.
     """
     config = TAPConfig() if config is None else config
     if not isinstance(config, TAPConfig):
         raise TypeError(f"config is {config!r}; give a TAPConfig, such as TAPConfig(speedup=5)")
+    loop = None
+    if sigmas is not None or alphas_cumprod is not None or times is not None:
+        loop = Loop(sigmas, alphas_cumprod, times, prediction, fresh_noise)
     module = inmost(module)
     if spec is None:
-        spec = _spec(module) if blocks is None else _inferred_spec(module, blocks, probe)
+        spec = _spec(module) if blocks is None else _inferred_spec(module, blocks, probe, timestep)
+    spec = _with_arguments(module, spec, timestep, conditioning)
     depth = Depth(module, spec)  # raises where this one lacks what its class should have
     refuse_other_caches(module)
     previous = _hook(module)
-    hook = TAPHook(config, depth)
+    hook = TAPHook(config, depth, loop)
     if previous is not None:
         hook.pipelines, hook.peers = previous.pipelines, previous.peers
         previous.finish()
@@ -67,12 +92,55 @@ def apply_tap(
         register(hook, module, _NAME)
 
 
+@contextmanager
+def trajectory(
+    module: nn.Module,
+    *,
+    sigmas: Numbers | None = None,
+    alphas_cumprod: Numbers | None = None,
+    times: Numbers | None = None,
+    prediction: Prediction | None = "flow",
+    fresh_noise: bool = False,
+) -> Iterator[None]:
+    """One run of a loop of your own: within this, this thread's calls of the transformer are one trajectory.
+
+    It goes before all else that TAP knows of the noise, and the cache is freed at its end. Needed where sigmas differ
+    from run to run, as in inversion and edit.
+
+    Args:
+        module: the transformer, on which TAP is enabled.
+        sigmas: noise where each step starts and, last, where the last step ends: (S + 1,), falling, or rising
+            (inversion). With ``prediction="flow"`` σ of the latent (1 - σ) x₀ + σ ε; else σ/α of α x₀ + σ ε, which is
+            what k-diffusion calls sigma, or that over σ_data for networks with Karras et al.'s preconditioning, which
+            predict ``v_prediction``.
+        alphas_cumprod: instead of sigmas: ᾱ = α² of the latent α x₀ + σ ε with α² + σ² = 1, likewise (S + 1,).
+        times: what the transformer's timestep argument is at each step, (S,). Without, the first call tells whether it
+            is σ, 1 - σ or a thousand times that; σ alone, where no flow is predicted.
+        prediction: what the model predicts: ``flow`` (ε - x₀, or the negative), ``epsilon``, ``v_prediction`` or
+            ``sample``. Hindsight makes up for errors as if steps were of first order (Euler, DDIM). None: something
+            else is predicted, or steps are of another kind, and nothing is made up for.
+        fresh_noise: steps add random noise (ancestral, DDPM, SDE).
+
+    Raises:
+        ConfigError: a value is out of its domain, or two contradict each other.
+        ValueError: TAP is not enabled on the transformer. Also raised by its calls: the timestep is none of the loop's,
+            or steps are left out.
+    """
+    loop = Loop(sigmas, alphas_cumprod, times, prediction, fresh_noise)
+    hook = _hook(inmost(module))
+    if hook is None:
+        raise ValueError(f"TAP is not enabled on this {type(module).__name__}; call tap.apply_tap(...) first")
+    with hook.trajectory(loop):
+        yield
+
+
 def enable(target: DiffusionPipeline | nn.Module, config: TAPConfig | None = None) -> None:
     """Accelerate a pipeline, or a transformer by itself.
 
     Prefer the pipeline: its scheduler tells TAP where a run begins and ends. By its timesteps alone a transformer
     can tell a new run too, as long as that starts higher than the last one stopped or has other prompt embeddings,
-    but it keeps the cache until the next run or :func:`disable`, and on a GPU it waits for the timestep.
+    but it keeps the cache until the next run or :func:`disable`, and on a GPU it waits for the timestep. In a loop of
+    your own, :func:`apply_tap` takes its noise.
 
     All transformers of a pipeline are accelerated, each with a cache and warm-up of its own (Wan 2.2 has two).
 
@@ -189,7 +257,22 @@ def inmost(module: nn.Module) -> nn.Module:
     return module
 
 
-def _inferred_spec(module: nn.Module, blocks: str | Sequence[str], probe: str | None) -> TransformerSpec:
+def _with_arguments(
+    module: nn.Module, spec: TransformerSpec, timestep: str | None, conditioning: str | None
+) -> TransformerSpec:
+    """A spec with the arguments of the transformer that its user names."""
+    known = inspect.signature(type(module).forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    for name in (timestep, conditioning):
+        if name is not None and name not in known and not takes_any:
+            others = ", ".join(list(known)[1:])
+            raise UnsupportedModelError(f"{type(module).__name__}.forward has no argument {name!r}, but {others}")
+    return replace(spec, timestep=timestep or spec.timestep, conditioning=conditioning or spec.conditioning)
+
+
+def _inferred_spec(
+    module: nn.Module, blocks: str | Sequence[str], probe: str | None, timestep: str | None
+) -> TransformerSpec:
     names = (blocks,) if isinstance(blocks, str) else tuple(blocks)
     title = type(module).__name__
     for name in names:
@@ -201,9 +284,12 @@ def _inferred_spec(module: nn.Module, blocks: str | Sequence[str], probe: str | 
     if probe is not None and not hasattr(first, probe):
         raise UnsupportedModelError(f"the first block of this {title} has no child named {probe!r}")
     known = parameters(type(module).forward)
-    times = [name for name in ("timestep", "timesteps", "t", "sigma") if name in known]
+    times = [timestep] if timestep else [name for name in ("timestep", "timesteps", "t", "sigma") if name in known]
     if not times:
-        raise UnsupportedModelError(f"{title}.forward has no argument that tells the time; pass a spec that names it")
+        raise UnsupportedModelError(
+            f"{title}.forward has no argument that tells the time, by a name that TAP knows: name it, timestep=..., one"
+            f" of {', '.join(known)}"
+        )
     conditions = [name for name in ("encoder_hidden_states", "y", "context", "class_labels") if name in known]
     return TransformerSpec(
         blocks=names,

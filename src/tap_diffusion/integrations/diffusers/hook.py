@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from inspect import ismethod
@@ -24,6 +24,7 @@ from tap_diffusion.core.errors import UnsupportedModelError, warn
 from tap_diffusion.core.report import Report
 from tap_diffusion.integrations.depth import Depth, NotCopied, named
 from tap_diffusion.integrations.diffusers import callers
+from tap_diffusion.integrations.diffusers.loops import Loop
 from tap_diffusion.integrations.diffusers.tracking import ONLY, Run, Runs, Told
 from tap_diffusion.integrations.passes import Passes
 
@@ -37,6 +38,7 @@ class TAPHook(NotCopied, Passes, ModelHook):
     Args:
         config: see :class:`TAPConfig`.
         depth: of the transformer, whose parallelism has been enabled already, if any.
+        loop: that runs the transformer, where no scheduler does.
 
     Attributes:
         pipelines: that are known to use the transformer.
@@ -45,12 +47,14 @@ class TAPHook(NotCopied, Passes, ModelHook):
 
     _is_stateful = True  # makes diffusers' `cache_context` tell this hook the name of the branch
 
-    def __init__(self, config: TAPConfig, depth: Depth) -> None:
+    def __init__(self, config: TAPConfig, depth: Depth, loop: Loop | None = None) -> None:
         ModelHook.__init__(self)
         self._parallelism = _parallelism(depth.module)
         Passes.__init__(self, config, depth.spec, _ranks(self._parallelism))
         self._context = _ContextOfThread(BaseState)
         self._depth = depth
+        self._loop = loop
+        self._of_thread = threading.local()  # its ``loop``: of the trajectory that this thread says it is in
         self._lock = threading.Lock()
         self._warned_of_training = False
         self._reports: weakref.WeakKeyDictionary[Any, Report] = weakref.WeakKeyDictionary()
@@ -78,20 +82,18 @@ class TAPHook(NotCopied, Passes, ModelHook):
         if _runs_again():
             return self._run_again(module, *args, **kwargs)
         arguments = named(module, args, kwargs)
-        run = self._find(module, arguments)
+        loop = self._trajectory or self._loop
+        timestep, rising, told = self._when(module, arguments, loop)
+        run = self._find(module, arguments, loop, timestep, rising)
         try:
             if _parallelism(module) is not self._parallelism:
                 raise UnsupportedModelError(
                     f"parallelism was enabled on this {type(module).__name__} when TAP was there already;"
                     " call tap.enable(...) again, after enable_parallelism(...)"
                 )
-            call = run.tracker.locate(
-                arguments[self.spec.timestep],
-                self._branch(),
-                self._condition(arguments),
-                self.spec.rising,
-                self._told(),
-            )
+            call = run.tracker.locate(timestep, self._branch(), self._condition(arguments), rising, told)
+            if loop is not None and told is not None:
+                call = loop.known(call, told.step)
             if call.starts_trajectory:
                 run.work.left_alone = other_cache(module)
                 call = self._after_others(run, call)
@@ -113,24 +115,52 @@ class TAPHook(NotCopied, Passes, ModelHook):
         return output
 
     @uncompiled
-    def _find(self, module: nn.Module, arguments: dict[str, Any]) -> Run[Passes]:
-        """The sampling run that a call belongs to."""
+    def _when(self, module: nn.Module, arguments: dict[str, Any], loop: Loop | None) -> tuple[Any, bool, Told | None]:
+        """A call's time, whether that rises, and what is told of its step."""
         timestep = arguments.get(self.spec.timestep)
         if timestep is None:
             raise ValueError(f"{type(module).__name__} got no {self.spec.timestep}, by which TAP tells its steps")
+        if loop is None:
+            return timestep, self.spec.rising, self._told()
+        told = loop.told(timestep, self.spec.rising)
+        return -told.step, False, told
+
+    @uncompiled
+    def _find(
+        self, module: nn.Module, arguments: dict[str, Any], loop: Loop | None, timestep: Any, rising: bool
+    ) -> Run[Passes]:
+        """The sampling run that a call belongs to."""
         with self._lock:
             if not self._depth.is_current():
                 depth = Depth(module, self.spec)
                 self._depth.detach()
                 self._depth = depth
                 depth.attach()
-        return self.runs.of(
-            callers.schedulers(),
-            self._known_schedulers,
-            timestep,
-            self.spec.rising,
-            self._condition(arguments),
-        )
+        # A trajectory has a run of its own. Those of a loop are told apart by thread, step and conditioning.
+        stepped = callers.schedulers() if loop is None else (loop,) if loop is self._trajectory else ()
+        known = self._known_schedulers if loop is None else tuple
+        return self.runs.of(stepped, known, timestep, rising, self._condition(arguments))
+
+    @property
+    def _trajectory(self) -> Loop | None:
+        return getattr(self._of_thread, "loop", None)
+
+    @contextlib.contextmanager
+    def trajectory(self, loop: Loop) -> Iterator[None]:
+        """Calls of this thread are one trajectory, which ends with the context."""
+        outer, self._of_thread.loop = self._trajectory, loop
+        try:
+            yield
+            run = self.runs.by(loop)
+            if run is None:
+                warn(f"TAP saw no call of this {type(self._depth.module).__name__} in its trajectory.")
+            elif (ran := 1 - int(run.tracker.position)) < len(loop):
+                warn(f"A trajectory ended with step {ran} of the {len(loop)} for which TAP's full steps were planned.")
+        finally:
+            self._of_thread.loop = outer
+            run = self.runs.by(loop)
+            if run is not None:
+                self.runs.end(run)
 
     def _condition(self, arguments: dict[str, Any]) -> Any:
         """What conditions a call. Where ranks split it on its way in, it is another object at each call: no sign."""

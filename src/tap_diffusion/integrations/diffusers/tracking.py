@@ -277,10 +277,12 @@ class StepTracker:
 
         It goes on from where it was itself, but differs from where the others are.
         """
-        if self._timesteps is not None or len(self._branches) < 2:
+        if len(self._branches) < 2:
             return None
         for name, known in self._branches.items():
             if known.conditioning() is _first(conditioning) and time.is_after(known.time):
+                if self._timesteps is not None:  # steps are told: one that is ahead is of a branch that has paused
+                    return name if time.position() > self._position else None
                 begins = known.position == self._position and name == self._called[0]
                 return None if begins or time.position() == self._position else name
         return None
@@ -292,6 +294,7 @@ class StepTracker:
         other._called_before = [one for one in other._called_before if one != name]
         self._branches, self._called, self._called_before = {ONLY: known}, [ONLY], [ONLY]
         self._position, self._step, self._inverse = known.position, known.step, other._inverse
+        self._timesteps, self._steps = other._timesteps, other._steps
 
     def _go_by_time(self, timesteps: Tensor | None) -> None:
         for known in self._branches.values():
@@ -558,6 +561,11 @@ class _Time:
         if self._rising and math.isclose(1 - value, timestep / 1000, rel_tol=1e-2, abs_tol=4e-3):
             return True  # else the scheduler's timesteps may rise as well, as Mochi's do
         return math.isclose(value, timestep, rel_tol=1e-2) or math.isclose(1000 * value, timestep, rel_tol=1e-2)
+
+
+def number(timestep: Any, rising: bool) -> float:
+    """A transformer's timestep argument as one number, read on the host."""
+    return float(_Time(timestep, rising))
 
 
 def _first(conditioning: Any) -> Any:
