@@ -74,7 +74,8 @@ def _loops(found: Mapping[str, Any]) -> Iterator[str]:
     ]  # fmt: skip
     yield _table(["loop", "", "seconds", "speed-up", "full steps", "of the limit", "peak GB", "cache GB"], cells)
     compared = [(title, loop, row["speedup"]) for title, loop, row in rows if "speedup" in row and loop != "plain"]
-    yield f'<div class="plot">{one_line(_plot(compared))}</div>'
+    if compared:
+        yield f'<div class="plot">{one_line(_plot(compared))}</div>'
 
 
 def _kernels(found: Mapping[str, Any]) -> Iterator[str]:

@@ -37,3 +37,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     place = "core.report" if name == "Report" else "integrations.diffusers.api"
     return getattr(import_module(f"tap_diffusion.{place}"), name)
+
+
+def __dir__() -> list[str]:
+    """What there is to use."""
+    return [*__all__, "__version__"]

@@ -134,8 +134,10 @@ def test_bad_json_is_refused(text: str) -> None:
 
 
 def test_an_unknown_field_is_named_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"no field 'intervall'.*interval, warmup"):
+    with pytest.raises(ConfigError, match=r"no field 'intervall'; did you mean 'interval'\? .*interval, warmup"):
         TAPConfig.from_dict({"intervall": 4})
+    with pytest.raises(ConfigError, match="no field 'x'; its fields are speedup"):
+        TAPConfig.from_dict({"x": 4})
 
 
 def test_is_immutable() -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import tap_diffusion as tap
-from tap_diffusion import TAPConfig, TAPWarning, UnsupportedModelError
+from tap_diffusion import ConfigError, TAPConfig, TAPWarning, UnsupportedModelError
 from tap_diffusion.core.schedule import full_steps
 from tap_diffusion.integrations.depth import Depth, StandIns
 from tap_diffusion.integrations.specs import SPECS
@@ -582,6 +582,28 @@ def test_lora_scale_is_undone_after_a_fallback(pipe: Any) -> None:
         sample(pipe, joint_attention_kwargs={"scale": 0.5})
         assert tap.report(pipe).fallbacks == {"non-finite values": 1}
     assert [dict(layer.scaling) for layer in layers] == scales
+
+
+def test_fields_in_place_of_a_configuration(pipe: Any) -> None:
+    with tap.enabled(pipe, full_steps=3, orders=(0, 1)):
+        sample(pipe, steps=6)
+        assert tap.report(pipe).full_steps == 3
+        assert engine_of(pipe.transformer).config == TAPConfig(full_steps=3, orders=(0, 1))
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"speed_up": 6}, "did you mean 'speedup'"),
+        ({"speedup": 0}, "must be a number ≥ 1"),
+    )
+    for fields, message in wrong:
+        with pytest.raises(ConfigError, match=message):
+            tap.enable(pipe, **fields)
+    with pytest.raises(ConfigError, match=r"give a TAPConfig or fields of one \(interval\), not both"):
+        tap.enable(pipe, TAPConfig(), interval=4)
+    assert "_diffusers_hook" not in vars(pipe.transformer)
+
+
+def test_what_there_is_to_use() -> None:
+    assert set(dir(tap)) == {*tap.__all__, "__version__"}
+    assert all(hasattr(tap, name) for name in dir(tap))
 
 
 def test_enabling_again_replaces_the_configuration(pipe: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -232,7 +233,9 @@ class TAPConfig:
         known = [field.name for field in fields(cls)]
         for name in values:
             if name not in known:
-                raise ConfigError(f"TAPConfig has no field {name!r}; its fields are {', '.join(known)}")
+                near = difflib.get_close_matches(str(name), known, 1)
+                meant = f"did you mean {near[0]!r}? Its" if near else "its"
+                raise ConfigError(f"TAPConfig has no field {name!r}; {meant} fields are {', '.join(known)}")
         return cls(**values)
 
     def to_json(self) -> str:

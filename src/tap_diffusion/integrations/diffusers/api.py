@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from tap_diffusion.core.config import TAPConfig
-from tap_diffusion.core.errors import UnsupportedModelError
+from tap_diffusion.core.errors import ConfigError, UnsupportedModelError
 from tap_diffusion.core.report import Report
 from tap_diffusion.core.timeline import Prediction
 from tap_diffusion.integrations.depth import Depth, parameters, unwrapped
@@ -134,7 +134,7 @@ def trajectory(
         yield
 
 
-def enable(target: DiffusionPipeline | nn.Module, config: TAPConfig | None = None) -> None:
+def enable(target: DiffusionPipeline | nn.Module, config: TAPConfig | None = None, **fields: Any) -> None:
     """Accelerate a pipeline, or a transformer by itself.
 
     Prefer the pipeline: its scheduler tells TAP where a run begins and ends. By its timesteps alone a transformer
@@ -147,11 +147,17 @@ def enable(target: DiffusionPipeline | nn.Module, config: TAPConfig | None = Non
     Args:
         target: the pipeline or the transformer.
         config: defaults to ``TAPConfig()``, the recommended settings.
+        fields: of :class:`TAPConfig`, in place of one, such as ``speedup=6``.
 
     Raises:
+        ConfigError: there is no such field, its value is not allowed, or there is a ``config`` too.
         UnsupportedModelError: the message names the class and the reason.
         ValueError, TypeError: see :func:`apply_tap`.
     """
+    if fields:
+        if config is not None:
+            raise ConfigError(f"give a TAPConfig or fields of one ({', '.join(fields)}), not both")
+        config = TAPConfig.from_dict(fields)
     for transformer in supported(target):  # all or none
         apply_tap(transformer, config)
     if not isinstance(target, nn.Module):
@@ -171,9 +177,9 @@ def disable(target: DiffusionPipeline | nn.Module) -> None:
 
 
 @contextmanager
-def enabled(target: DiffusionPipeline | nn.Module, config: TAPConfig | None = None) -> Iterator[None]:
+def enabled(target: DiffusionPipeline | nn.Module, config: TAPConfig | None = None, **fields: Any) -> Iterator[None]:
     """:func:`enable` within a ``with`` block; :func:`disable` at its end, also after an exception."""
-    enable(target, config)
+    enable(target, config, **fields)
     try:
         yield
     finally:
