@@ -17,9 +17,9 @@ import tap_diffusion as tap
 from tap_diffusion.apps import cli
 from tap_diffusion.apps.cli import app
 from tap_diffusion.integrations.diffusers import catalog
+from tap_diffusion.integrations.diffusers.versions import VERSION
 from tap_diffusion.integrations.specs import REFUSED, SPECS
 
-DIFFUSERS = tuple(map(int, diffusers.__version__.split(".")[:2]))
 DOCS = Path(__file__).parents[2] / "docs"
 
 
@@ -63,7 +63,7 @@ def test_no_class_is_both_supported_and_refused() -> None:
     assert not SPECS.keys() & REFUSED.keys()
 
 
-@pytest.mark.skipif(DIFFUSERS < (0, 42), reason="classes came with later versions")
+@pytest.mark.skipif(VERSION < (0, 42), reason="classes came with later versions")
 def test_the_newest_diffusers_has_every_class() -> None:
     assert not catalog.absent()
     assert all(hasattr(diffusers, name) for name in [*SPECS, *REFUSED])
