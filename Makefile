@@ -7,8 +7,9 @@ INSTALLED := .venv/.installed
 DEMO := -e distributions/demo
 BENCH := -e distributions/bench
 COMFYUI := .venv-comfyui
+OLDEST := .venv-oldest
 
-.PHONY: help demo bench test test-comfyui quick lint wheels docs clean
+.PHONY: help demo bench test test-oldest test-comfyui quick lint wheels docs clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -26,6 +27,18 @@ bench: $(INSTALLED) ## TAP against a few rivals on the embedded model, minutes; 
 
 test: $(INSTALLED) ## the whole test suite
 	$(BIN)/pytest
+
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet -c constraints-oldest.txt $(PIP_ARGS) -e . $(DEMO) hypothesis peft pytest pytest-xdist triton
+	touch $@
+
+test-oldest: $(OLDEST)/.installed ## the oldest versions: the quick tests of core and schedulers; FLUX, Wan, Qwen-Image, SD3
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -m "not slow" tests/core $(addprefix tests/integrations/,test_flux.py \
+		test_imports.py test_models.py test_schedulers.py test_tracking.py)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest tests/integrations/test_conformance.py \
+		-k "FluxTransformer or WanTransformer or QwenImageTransformer or SD3Transformer"
+	$(OLDEST)/bin/tap generate "red apple" --steps 12 --full-steps 6 --overwrite --out out/oldest
 
 $(COMFYUI)/.installed: pyproject.toml constraints.txt tests/comfyui/requirements.txt tests/comfyui/get_comfyui.py
 	$(PYTHON) -m venv $(COMFYUI)
@@ -52,4 +65,4 @@ docs: $(INSTALLED) ## the documentation, into out/site; `.venv/bin/mkdocs serve`
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean: ## remove the environment and all output
-	rm -rf .venv $(COMFYUI) out dist
+	rm -rf .venv $(OLDEST) $(COMFYUI) out dist

@@ -58,8 +58,9 @@ def emoji() -> Any:
     """The shipped model, in float32."""
     from diffusers import FluxPipeline
 
+    from tap_diffusion.integrations.diffusers.versions import of_dtype
     from tap_diffusion_demo import EMOJI
 
-    pipe = FluxPipeline.from_pretrained(EMOJI, dtype=torch.float32)
+    pipe = FluxPipeline.from_pretrained(EMOJI, **of_dtype(torch.float32))
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -22,6 +22,7 @@ from tap_diffusion.apps.sheets import choices_sheet, sheet, to_image
 from tap_diffusion.core.predictors import Candidate
 from tap_diffusion.core.report import Choice
 from tap_diffusion.demo import data, train
+from tap_diffusion.integrations.diffusers.versions import of_dtype
 from tap_diffusion_demo import EMOJI
 from tiny import build_pipeline, sample
 
@@ -133,7 +134,7 @@ def test_training_runs_stops_resumes_and_exports(packages: Path, tmp_path: Path)
         name = "model.safetensors" if part == "text_encoder" else "diffusion_pytorch_model.safetensors"
         assert (again / "pipeline" / part / name).read_bytes() == (tmp_path / "pipeline" / part / name).read_bytes()
 
-    pipe = FluxPipeline.from_pretrained(tmp_path / "pipeline", dtype=torch.float32)
+    pipe = FluxPipeline.from_pretrained(tmp_path / "pipeline", **of_dtype(torch.float32))
     pipe.set_progress_bar_config(disable=True)
     assert sample(pipe, steps=2, height=64, width=64, max_sequence_length=train.MAX_TOKENS).isfinite().all()
 

@@ -29,6 +29,7 @@ import tap_diffusion as tap
 from tap_diffusion import ConfigError, TAPConfig, TAPWarning, UnsupportedModelError
 from tap_diffusion.core.schedule import full_steps
 from tap_diffusion.integrations.depth import Depth, StandIns
+from tap_diffusion.integrations.diffusers.versions import VERSION
 from tap_diffusion.integrations.specs import SPECS
 from tiny import (
     TOKENS,
@@ -348,6 +349,8 @@ class TestPromise6:
 
     def test_another_cache_is_applied_later(self, pipe: Any) -> None:
         """TAP steps back, and the other works as if it were alone."""
+        if (0, 38) <= VERSION < (0, 41):
+            pytest.skip("its cache_context doesn't reach hooks that come after the first run, TAP or not")
         fresh = sample(pipe)
         cache = FirstBlockCacheConfig(threshold=0.5)
         pipe.transformer.enable_cache(cache)

@@ -6,6 +6,7 @@ Each starts from a public report or from a way in which TAP itself was once wron
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -200,8 +201,10 @@ def test_a_prompt_that_changes_in_mid_run_under_the_same_name(pipe: Any) -> None
 
 
 def test_the_step_that_a_pipeline_tells_is_believed(pipe: Any) -> None:
-    """diffusers 0.42's cache_context carries step and number of steps; the timestep says nothing here."""
+    """cache_context carries step and number of steps, from diffusers 0.41; the timestep says nothing here."""
     transformer = pipe.transformer
+    if len(inspect.signature(transformer.cache_context).parameters) == 1:
+        pytest.skip("this version's cache_context carries a name alone")
     tap.enable(transformer, TAPConfig(full_steps=4))
     config = transformer.config
     given = torch.ones(1, TOKENS, config.joint_attention_dim), torch.ones(1, config.pooled_projection_dim)

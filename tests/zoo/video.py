@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
+from diffusers import LTX2VideoTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed, get_3d_rotary_pos_embed_allegro
 from torch import Tensor
 
@@ -128,6 +130,8 @@ CASES["LTXVideoTransformer3DModel"] = Case(  # from an image: the first frame is
     },
 )  # fmt: skip
 
+_LTX2_TAKES_SIGMA = "sigma" in inspect.signature(LTX2VideoTransformer3DModel.forward).parameters  # LTX-2.3 wants it
+
 CASES["LTX2VideoTransformer3DModel"] = Case(  # the last 5 tokens are sound
     config={
         "in_channels": 8, "out_channels": 8, "num_attention_heads": 2, "attention_head_dim": 16,
@@ -141,7 +145,7 @@ CASES["LTX2VideoTransformer3DModel"] = Case(  # the last 5 tokens are sound
         "encoder_hidden_states": given(6, 16),
         "audio_encoder_hidden_states": given(6, 16),
         "timestep": 1000 * t,
-        "sigma": 1000 * t,
+        **({"sigma": 1000 * t} if _LTX2_TAKES_SIGMA else {}),
         "encoder_attention_mask": _attends(given),
         "audio_encoder_attention_mask": _attends(given),
         "num_frames": 3,

@@ -26,6 +26,7 @@ from tap_diffusion.core.config import TAPConfig
 from tap_diffusion.core.errors import ConfigError, UsageError
 from tap_diffusion.core.report import Report
 from tap_diffusion.integrations.diffusers.api import enabled, report, supported, transformers
+from tap_diffusion.integrations.diffusers.versions import of_dtype
 
 MODELS = "tap_diffusion.models"  # entry points of packages that bring models: a name, and what gives folder and class
 APART = {
@@ -69,7 +70,7 @@ def load_pipeline(model: str, dtype: torch.dtype, device: str, offload: bool = F
             " owner/name"
         )
     try:
-        pipe = kind.from_pretrained(source, dtype=dtype)
+        pipe = kind.from_pretrained(source, **of_dtype(dtype))
     except (OSError, ValueError, AttributeError) as error:  # the last: diffusers has no such pipeline
         if not path.is_dir() and _is_connection_error(error):
             raise UsageError(

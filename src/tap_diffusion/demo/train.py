@@ -38,6 +38,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 from tap_diffusion.apps.generate import psnr
 from tap_diffusion.apps.sheets import sheet
 from tap_diffusion.demo import data
+from tap_diffusion.integrations.diffusers.versions import of_dtype
 
 MAX_TOKENS = 8  # of a caption, in both tokenizers
 CAPTION_DROPOUT = 0.1  # share of samples trained without caption, for classifier-free guidance
@@ -311,7 +312,7 @@ def prepare(work: Path, folder: Path, start: Path | None = None) -> tuple[FluxPi
     pictures, captions, _ = data.load(folder)
     torch.manual_seed(1)
     if start is not None:
-        pipe = FluxPipeline.from_pretrained(start, dtype=torch.float32)
+        pipe = FluxPipeline.from_pretrained(start, **of_dtype(torch.float32))
         latents = encode(pipe.vae, pictures)
     else:
         vae: Any = ema_weights(work, "autoencoder", build_autoencoder())

@@ -22,7 +22,7 @@ def models(
     with Console(stderr=True).status("reading diffusers"):
         from tap_diffusion.integrations.diffusers import catalog
 
-        entries = catalog.catalog()
+        entries, absent = catalog.catalog(), catalog.absent()
     if as_json:
         typer.echo(json.dumps([entry.to_dict() for entry in entries], indent=2))
     elif as_markdown:
@@ -44,3 +44,5 @@ def models(
                 table.add_row(entry.name, entry.note or entry.status)
         console.print(table)
         console.print(f"{len(works)} of {len(entries)} work")
+        if absent:
+            console.print(f"Not in this version of diffusers: {', '.join(absent)}")

@@ -47,10 +47,15 @@ class Entry:
 
 
 def catalog() -> list[Entry]:
-    """All entries, by name. Reads diffusers' source, but imports none of its models."""
+    """All entries that this version of diffusers has, by name. Reads its source, but imports none of its models."""
     pipelines = _pipelines_by_component()
-    names = {name for name in dir(diffusers) if _CLASS_NAME.fullmatch(name)} | {*SPECS, *REFUSED}
+    names = {name for name in dir(diffusers) if _CLASS_NAME.fullmatch(name) or name in SPECS or name in REFUSED}
     return [_entry(name, tuple(sorted(pipelines[name]))) for name in sorted(names)]
+
+
+def absent() -> list[str]:
+    """Classes that TAP knows and this version of diffusers has not yet, by name."""
+    return sorted({*SPECS, *REFUSED}.difference(dir(diffusers)))
 
 
 def _entry(name: str, pipelines: tuple[str, ...]) -> Entry:

@@ -51,7 +51,7 @@ class TAPHook(NotCopied, Passes, ModelHook):
         ModelHook.__init__(self)
         self._parallelism = _parallelism(depth.module)
         Passes.__init__(self, config, depth.spec, _ranks(self._parallelism))
-        self._context = _ContextOfThread(BaseState)
+        self._context = _ContextOfThread()
         self._depth = depth
         self._loop = loop
         self._of_thread = threading.local()  # its ``loop``: of the trajectory that this thread says it is in
@@ -91,7 +91,7 @@ class TAPHook(NotCopied, Passes, ModelHook):
                     f"parallelism was enabled on this {type(module).__name__} when TAP was there already;"
                     " call tap.enable(...) again, after enable_parallelism(...)"
                 )
-            call = run.tracker.locate(timestep, self._branch(), self._condition(arguments), rising, told)
+            call = run.tracker.locate(timestep, self._context.name, self._condition(arguments), rising, told)
             if loop is not None and told is not None:
                 call = loop.known(call, told.step)
             if call.starts_trajectory:
@@ -106,6 +106,7 @@ class TAPHook(NotCopied, Passes, ModelHook):
             output = run.work.run(self._depth, [call], forward, _device(arguments))
             self._take_note(run, call)
         except BaseException:  # an interrupt as well: nothing of a broken trajectory may reach the next
+            self._context.set_context(None)  # which diffusers does by itself from 0.41
             for hook, other in self._of_all_transformers(run):
                 other.work.engine.reset()
                 hook.runs.end(other)
@@ -121,7 +122,7 @@ class TAPHook(NotCopied, Passes, ModelHook):
         if timestep is None:
             raise ValueError(f"{type(module).__name__} got no {self.spec.timestep}, by which TAP tells its steps")
         if loop is None:
-            return timestep, self.spec.rising, self._told()
+            return timestep, self.spec.rising, self._context.told
         told = loop.told(timestep, self.spec.rising)
         return -told.step, False, told
 
@@ -241,18 +242,6 @@ class TAPHook(NotCopied, Passes, ModelHook):
         self._depth.detach()
         return module
 
-    @property
-    def _said(self) -> Any:
-        """What the pipeline says of this call by ``cache_context``; None where it says nothing."""
-        return self._context._context
-
-    def _branch(self) -> str | None:
-        return None if self._said is None else self._said.name
-
-    def _told(self) -> Told | None:
-        step = getattr(self._said, "step_index", None)  # diffusers 0.42 and newer
-        return None if step is None else Told(int(step), self._said.num_inference_steps)
-
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Forget the trajectory of the pipeline that calls. diffusers does so at the end of each run of a pipeline."""
         schedulers = list(callers.schedulers())
@@ -271,17 +260,29 @@ class TAPHook(NotCopied, Passes, ModelHook):
 class _ContextOfThread(StateManager):
     """What ``cache_context`` says, of each thread by itself."""
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self) -> None:
+        super().__init__(BaseState)
         self._of_thread = threading.local()
-        super().__init__(*args)
+
+    def set_context(self, context: Any) -> None:
+        """diffusers calls this: with a ``CacheContext``, before 0.41 with the name alone, at the end with None."""
+        self._of_thread.said = context
 
     @property
-    def _context(self) -> Any:
-        return getattr(self._of_thread, "context", None)
+    def name(self) -> str | None:
+        """Of the branch; None where the pipeline says nothing."""
+        said = self._said
+        return said if said is None or isinstance(said, str) else said.name
 
-    @_context.setter
-    def _context(self, context: Any) -> None:
-        self._of_thread.context = context
+    @property
+    def told(self) -> Told | None:
+        """Where the denoising loop is; None where the pipeline says nothing, as none can before diffusers 0.41."""
+        step = getattr(self._said, "step_index", None)
+        return None if step is None else Told(int(step), self._said.num_inference_steps)
+
+    @property
+    def _said(self) -> Any:
+        return getattr(self._of_thread, "said", None)
 
 
 def schedulers_of(pipeline: Any) -> list[Any]:

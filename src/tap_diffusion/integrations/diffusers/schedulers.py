@@ -266,6 +266,9 @@ class _Trial:
             if not _near(x, alpha * _CLEAN + sigma * _NOISE, alpha + sigma, reach):
                 if not self._has_drawn():
                     return None
+                if _random_states() != self._drawn_before[2]:
+                    # In spite of the generator (FlowMatchEulerDiscreteScheduler before diffusers 0.39).
+                    self._seeded = False
                 break
         # It draws. Then what a state holds beside α x₀ must be noise that knows nothing of x₀. It may be more than σ
         # (DDPM with a large variance), but not much less.
