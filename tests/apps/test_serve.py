@@ -195,21 +195,30 @@ def by_budget(wishes: list[dict[str, Any]]) -> dict[str, int]:
 
 @SERVERS
 def test_under_load(emoji: Any, running: Any) -> None:
-    """32 requests at once, and with Ray one of two replicas killed among them: none is lost, and none is another's."""
+    """32 requests at once, and with Ray one of two replicas killed among them: none is lost, and none is another's.
+
+    The examples of its page are asked for as well.
+    """
     with running(**{"replicas": 2} if running is with_ray else {}) as server:
-        with ThreadPoolExecutor(len(WISHES) + 2) as pool:
+        assert "/openapi.json" in server.page("/docs")
+        told = json.loads(server.page("/openapi.json"))
+        assert told["paths"]["/pictures"]["post"]["responses"].keys() == {"200", "422", "429"}
+        examples = told["components"]["schemas"]["Wish"]["examples"]
+        assert len(examples) == 2
+        wishes = [*WISHES, *examples]
+        with ThreadPoolExecutor(len(wishes) + 2) as pool:
             bad = pool.submit(server.refused, {"prompt": "red apple", "width": 33}, 422)
             silent = pool.submit(server.refused, {"seed": 1}, 422)
-            asked = [pool.submit(server.ask, wish) for wish in WISHES]
+            asked = [pool.submit(server.ask, wish) for wish in wishes]
             if server.kill is not None:
                 until(lambda: sum(future.done() for future in asked) >= 4)
                 server.kill()
                 assert sum(future.done() for future in asked) < 28
             answers = [future.result() for future in asked]
-        check_pictures(emoji, WISHES, answers)
+        check_pictures(emoji, [{"steps": 50} | wish for wish in wishes], answers)
         assert "width 33 can't be done by this model" in bad.result()[0]
         silent.result()
-        until(lambda: server.counts("tap_seconds_per_request_count") == by_budget(WISHES))
+        until(lambda: server.counts("tap_seconds_per_request_count") == by_budget(wishes))
 
 
 @SERVERS
@@ -242,16 +251,3 @@ def test_so_many_may_wait_and_one_that_nobody_waits_for_is_given_up(emoji: Any, 
         assert list(pool.map(server.ask, [wish] * 2))[0] == list(pool.map(server.ask, [wish] * 2))[1]
         until(lambda: server.counts("tap_seconds_per_request_count").get("6", 0) >= 5)
         assert set(server.counts("tap_seconds_per_picture_count")) == {"6"}
-
-
-@SERVERS
-def test_its_page_has_examples_that_work(emoji: Any, running: Any) -> None:
-    with running() as server:
-        assert "/openapi.json" in server.page("/docs")
-        told = json.loads(server.page("/openapi.json"))
-        examples = told["components"]["schemas"]["Wish"]["examples"]
-        assert len(examples) == 2
-        check_pictures(emoji, [{"steps": 50} | wish for wish in examples], [server.ask(wish) for wish in examples])
-        answers = told["paths"]["/pictures"]["post"]["responses"]
-        assert answers.keys() == {"200", "422", "429"}
-        assert answers["200"]["content"].keys() == {"image/png"}
