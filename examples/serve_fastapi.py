@@ -1,4 +1,4 @@
-"""Pictures over HTTP by FastAPI alone: one pipeline, one thread that generates, a copy of the pipeline for each request.
+"""Pictures over HTTP by FastAPI alone: one pipeline, one thread that generates, a copy of the pipeline per request.
 
     pip install tap-diffusion fastapi uvicorn prometheus-client
     MODEL=black-forest-labs/FLUX.1-dev QUEUE=64 uvicorn --app-dir examples serve_fastapi:api
