@@ -128,7 +128,7 @@ class Pictures:
         self.worker = None
 
     def generate(self, batch: Mapping[asyncio.Future[bytes], Wish]) -> list[bytes] | list[Exception]:
-        """Pictures of one kind. A sample that TAP predicts does not depend on the others of its batch."""
+        """Pictures of one kind, or what went wrong. A sample that TAP predicts does not depend on the others."""
         start, wishes = time.perf_counter(), list(batch.values())
         first, tags = wishes[0], wishes[0].tags()
 
@@ -144,11 +144,12 @@ class Pictures:
             request.check(self.pipe)
             with tap.enabled(self.pipe, tap.TAPConfig(full_steps=first.full_steps)):
                 pictures = draw(self.pipe, request, prompts, [wish.seed for wish in wishes], **more)
+            files = [png(to_image(picture)) for picture in pictures]
         except Exception as error:
             return [error] * len(wishes)
         self.count.inc(len(wishes), tags)
         self.seconds.observe((time.perf_counter() - start) / len(wishes), tags)
-        return [png(to_image(picture)) for picture in pictures]
+        return files
 
 
 @serve.deployment(max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0})

@@ -136,9 +136,11 @@ def with_ray(replicas: int = 1, queue: int = 64) -> Iterator[Server]:
 
     sys.path.insert(0, str(EXAMPLES))
     port, metrics = free_port(), free_port()
+    variables = {"PYTHONPATH": str(EXAMPLES), "OMP_NUM_THREADS": "1"}
+    variables |= {f"RAY_SERVE_PROXY_{name}_CHECK_TIMEOUT_S": str(PATIENCE) for name in ("READY", "HEALTH")}
     ray.init(
         num_cpus=2, include_dashboard=False, log_to_driver=False, _metrics_export_port=metrics,
-        runtime_env={"env_vars": {"PYTHONPATH": str(EXAMPLES), "OMP_NUM_THREADS": "1"}},
+        runtime_env={"env_vars": variables},
     )  # fmt: skip
 
     def kill() -> None:
