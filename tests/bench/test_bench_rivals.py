@@ -223,7 +223,7 @@ def test_teacache_recovers_a_polynomial() -> None:
         signs = rng.choice([-1.0, 1.0], size=(1, 1, 1, 4, size))
         return list(torch.from_numpy(values[..., None, None] * signs))
 
-    found = teacache.fit(Trajectories(features(changes, 6), features(wanted(changes), 5)))
+    found = teacache.fit(Trajectories(features(changes, 6), features(wanted(changes), 5), []))
     np.testing.assert_allclose(found, wanted.coeffs, rtol=1e-6)
 
 
