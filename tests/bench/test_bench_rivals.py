@@ -26,6 +26,7 @@ from tap_bench.variant import on_engine
 from tap_diffusion import TAPConfig
 from tap_diffusion.core.call import Call
 from tap_diffusion.core.engine import Engine, Fallback
+from tap_diffusion.core.timeline import Timeline
 from tiny import TOKENS, WORDS, build_pipeline
 
 STEPS, SHAPE = 24, (2, 5, 4)
@@ -60,12 +61,13 @@ class Run:
     outputs: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
 
-def drive(engine: Engine, scripts: dict[str, Script]) -> Run:
+def drive(engine: Engine, scripts: dict[str, Script], timeline: Timeline | None = None) -> Run:
     """One trajectory, its branches called by turns, as the hook calls an engine."""
     run = Run({branch: [] for branch in scripts})
     for step in range(STEPS):
         for branch, features in scripts.items():
-            call = Call(step, branch, step == 0 and branch == next(iter(scripts)), step == STEPS - 1)
+            begins = step == 0 and branch == next(iter(scripts))
+            call = Call(step, branch, begins, step == STEPS - 1, timeline=timeline)
             x, h, r = (torch.from_numpy(part[step]) for part in (features.x, features.h, features.r))
             full = engine.begin(call)
             if not full:

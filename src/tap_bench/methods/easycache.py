@@ -54,7 +54,13 @@ class EasyCacheEngine(ThresholdEngine):
         self._full[key] = before.detach().clone(), after.detach().clone()
         self._last[key] = self._full[key][0]
 
-    def predict(self, call: Call, hidden_states: Tensor, probe: Callable[[], Tensor], stream: str = "") -> Tensor:
+    def predict(
+        self,
+        call: Call,
+        hidden_states: Tensor,
+        probe: Callable[[], Tensor],  # noqa: ARG002
+        stream: str = "",
+    ) -> Tensor:
         """Reuse the residual of the last full step, or raise Fallback where the change has come to the threshold."""
         history, key = self._anchors(call, hidden_states, stream), call.branch + stream
         if key not in self._rate:

@@ -61,7 +61,13 @@ class RacerEngine(SpectrumEngine):
             return False
         return full
 
-    def predict(self, call: Call, hidden_states: Tensor, probe: Callable[[], Tensor], stream: str = "") -> Tensor:
+    def predict(
+        self,
+        call: Call,
+        hidden_states: Tensor,
+        probe: Callable[[], Tensor],  # noqa: ARG002
+        stream: str = "",
+    ) -> Tensor:
         """As far as it is trusted, or raise Fallback where a full step is due and can be paid for."""
         history = self._histories[call.branch].get(stream)
         if history is None or not history.fits(hidden_states):

@@ -48,7 +48,7 @@ class TeaCacheEngine(ThresholdEngine):
             raise Fallback(WANTED_FULL)
         return self._checked(call, hidden_states, history.residual[0], h, history)
 
-    def _compared(self, call: Call, h: Tensor) -> Tensor:
+    def _compared(self, call: Call, h: Tensor) -> Tensor:  # noqa: ARG002
         """What of the modulated input is compared from step to step."""
         return h
 
