@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -17,7 +17,7 @@ from tap_bench.methods.thresholds import WANTED_FULL
 from tap_bench.variant import Variant, on_engine
 from tap_diffusion.core.call import Call
 from tap_diffusion.core.config import TAPConfig
-from tap_diffusion.core.engine import Fallback, _coefficients
+from tap_diffusion.core.engine import Fallback
 
 DECAY, STEEPNESS = 0.3, 4.0  # of the trust
 TRUSTS = (0.25, 0.4)  # θ, the disagreement at which trust is half of what the horizon leaves
@@ -32,7 +32,7 @@ class RacerEngine(SpectrumEngine):
     step is full and the next one of the schedule predicted in its place, as long as there is one.
 
     The text of the paper and its code could not be had; this follows its abstract and what others write of it. From
-    them are r, the sum and κ = exp(-0.3 max(k - 1, 0)) / (1 + exp(-4 (θ - r))). The paper's θ and its limit for
+    them are r, the sum and κ = exp(-0.3 max(k - 1, 0)) / (1 + exp(4 (r - θ))). The paper's θ and its limit for
     refreshes are not known, so several are tried. That the *next* full step pays for a refresh is our reading of "a
     later one".
 
@@ -44,7 +44,6 @@ class RacerEngine(SpectrumEngine):
 
     def __init__(self, config: TAPConfig, theta: float, refresh: float | None) -> None:
         super().__init__(config)
-        self._local = replace(config, family="newton", orders=(1,))
         self._theta, self._refresh = theta, refresh
         self._owed: Counter[str] = Counter()  # full steps of each branch that are to be predicted
 
@@ -72,19 +71,16 @@ class RacerEngine(SpectrumEngine):
         history = self._histories[call.branch].get(stream)
         if history is None or not history.fits(hidden_states):
             raise Fallback("no finite anchor of this shape, dtype and device")
-        times = tuple(history.times)
-        forecast, local = (
-            _combined(history.residual, _coefficients(config, times, call.step, None)[1][0])
-            for config in (self.config, self._local)
-        )
-        newest = history.residual[0]
-        disagreement = float((forecast - local).norm() / forecast.norm())
+        times, differences = tuple(history.times), history.residual
+        horizon, newest = call.step - times[0], differences[0]
+        coefficients = self._candidates(times, call.step)[1][0]
+        forecast = torch.stack([float(c) * d for c, d in zip(coefficients, differences, strict=True)]).sum(0)
+        local = newest + horizon * differences[1] if len(differences) > 1 else newest
+        disagreement = (forecast - local).norm() / forecast.norm()
         if self._refresh is not None and disagreement >= self._refresh and self._can_pay(call):
             self._owed[call.branch] += 1
             raise Fallback(WANTED_FULL)
-        trust = math.exp(-DECAY * max(call.step - times[0] - 1, 0)) / (
-            1 + math.exp(-STEEPNESS * (self._theta - disagreement))
-        )
+        trust = math.exp(-DECAY * max(horizon - 1, 0)) * torch.sigmoid(STEEPNESS * (self._theta - disagreement))
         result = newest + trust * (forecast - newest)
         return self._checked(call, torch.zeros_like(hidden_states), result, None, history)
 
@@ -96,10 +92,6 @@ class RacerEngine(SpectrumEngine):
         """As the base class, but for steps that the method wants full."""
         if reason != WANTED_FULL:
             super().fall_back(call, reason)
-
-
-def _combined(differences: Sequence[Tensor], coefficients: Tensor) -> Tensor:
-    return torch.stack([float(c) * difference for c, difference in zip(coefficients, differences, strict=True)]).sum(0)
 
 
 def variants(setting: Setting) -> Iterator[Variant]:
