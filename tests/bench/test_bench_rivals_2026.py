@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tap_bench.calibration import Calibration
 from tap_bench.method import Setting
-from tap_bench.methods import easycache, hicache_pp, l2p, racer, registry, seacache
+from tap_bench.methods import easycache, hicache_pp, l2p, meancache, racer, registry, seacache
 from tap_bench.variant import on_engine
 from tap_diffusion import TAPConfig
 from tap_diffusion.core.engine import Engine, Fallback
@@ -30,7 +30,7 @@ GRID = (1, 5)  # of the scripts' tokens
 SIGMAS = np.linspace(1, 0.02, STEPS)
 with np.errstate(divide="ignore"):
     TIMELINE = Timeline(tuple(float(noise) for noise in SIGMAS / (1 - SIGMAS)), "flow")
-NAMES = ("seacache", "l2p", "racer", "hicache-pp", "easycache")
+NAMES = ("seacache", "l2p", "meancache", "racer", "hicache-pp", "easycache")
 
 
 # --------------------------------------------------------------------------------------------------------- by threshold
@@ -223,6 +223,32 @@ def test_l2p_s_published_schedules_have_their_numbers() -> None:
         assert len(full) == count
         assert full == tuple(sorted(set(full)))
         assert full[-1] < 50
+
+
+# ------------------------------------------------------------------------------------------------------------ MeanCache
+
+
+@pytest.mark.parametrize("spans", [(1,) * 11, (2,) * 11, (5,) * 11, (1, 3, 2, 5, 4, 1, 2, 3, 4, 5, 6)])
+def test_meancache_carries_on_what_the_latents_tell(spans: tuple[int, ...]) -> None:
+    """As published: the mean velocity from the latents, on the way of Euler's steps with these velocities."""
+    rng = np.random.default_rng(0)
+    sigmas, steps = np.append(np.sort(rng.uniform(0.02, 1, size=11))[::-1], 0.0), 11
+    v, latents = rng.normal(size=(steps, 7)), [rng.normal(size=7)]
+    for t in range(steps):
+        latents.append(latents[-1] + (sigmas[t + 1] - sigmas[t]) * v[t])
+    rows = meancache.carried_on(sigmas, spans)
+    for t in range(1, steps):
+        s = max(0, t - spans[t])
+        mean = (latents[t] - latents[s]) / (sigmas[t] - sigmas[s])
+        slope = (v[s] - mean) / (sigmas[t] - sigmas[s])
+        np.testing.assert_allclose(rows[t] @ v, v[t - 1] - slope * (sigmas[t + 1] - sigmas[t]), rtol=1e-9, atol=1e-11)
+    assert not np.triu(rows).any()
+
+
+def test_meancache_looks_back_as_each_window_says() -> None:
+    assert meancache.by_window((0, 1, 4, 6), (1, 3, 2), 8) == [1, 1, 3, 3, 1, 2, 1, 1]
+    for full, spans in meancache.PUBLISHED.values():
+        assert len(full) == len(spans) + 1 == 10
 
 
 # ---------------------------------------------------------------------------------------------------------------- RACER

@@ -20,6 +20,7 @@ from tap_bench.methods import (
     hicache_pp,
     l2p,
     magcache,
+    meancache,
     planned,
     racer,
     seacache,
@@ -32,7 +33,7 @@ from tap_diffusion.core.errors import UsageError
 
 MODULES = (
     tap, forecasters, hicache_pp, spectrum, racer, teacache, seacache, easycache, first_block_cache, magcache, dicache,
-    dpcache, l2p, planned, diffusers_caches, cachedit, solvers,
+    dpcache, l2p, meancache, planned, diffusers_caches, cachedit, solvers,
 )  # fmt: skip
 
 
