@@ -151,6 +151,7 @@ class PixelWanPipeline(DiffusionPipeline):
         timesteps = self.scheduler.timesteps
         for i, t in enumerate(self.progress_bar(timesteps)):
             velocities = {}
+            # As diffusers' own Wan pipeline does, for caches that ask where a call stands.
             where = {"step_index": i, "sigma": float(self.scheduler.sigmas[i]), "num_inference_steps": len(timesteps)}
             for branch, embeddings in branches.items():
                 with self.transformer.cache_context(branch, **where):

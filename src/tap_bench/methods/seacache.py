@@ -48,6 +48,11 @@ def spectral_filter(features: Tensor, grid: Grid, noise: float, power: float) ->
     return torch.fft.ifftn(spectrum * (gain / gain.mean())[..., None], dim=axes).real.flatten(1, len(grid))
 
 
+def filtered_input(features: Tensor, grid: Grid, noise: float) -> Tensor:
+    """The same with the published power for pictures, on a grid of two axes, or videos, on three."""
+    return spectral_filter(features, grid, noise, IMAGES if len(grid) == 2 else VIDEOS)
+
+
 class SeaCacheEngine(TeaCacheEngine):
     """Accumulates the relative change of the filtered modulated input, and reuses the residual.
 
@@ -66,8 +71,7 @@ class SeaCacheEngine(TeaCacheEngine):
 
     def _compared(self, call: Call, h: Tensor) -> Tensor:
         assert self._timeline is not None  # else there is no grid
-        power = IMAGES if len(self._grid) == 2 else VIDEOS
-        return spectral_filter(h, self._grid, self._timeline.noise[call.step], power)
+        return filtered_input(h, self._grid, self._timeline.noise[call.step])
 
 
 def token_grid(calibration: Calibration) -> Grid | None:
