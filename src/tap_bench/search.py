@@ -286,7 +286,7 @@ def rank(sensitivity: Annotated[Path, typer.Argument(help="What ``sensitivity`` 
 def spearman(one: Sequence[float], other: Sequence[float]) -> float:
     """Rank correlation of values without ties."""
     ranks = [np.argsort(np.argsort(values)) for values in (one, other)]
-    return float(np.corrcoef(ranks)[0, 1])
+    return 1 - 6 * float(np.square(ranks[0] - ranks[1]).sum()) / (len(one) ** 3 - len(one))
 
 
 def _rms(psnr: Sequence[float]) -> float:

@@ -15,7 +15,7 @@ from tap_diffusion.core.config import TAPConfig
 
 SPANS = (2, 3, 4, 5)  # K, steps that are looked back on; its search had these and 6
 # Full steps that it found, of 50, and K of each window between them; 1 is reuse.
-PUBLISHED = {
+PUBLISHED: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "as on Qwen-Image": ((0, 1, 3, 7, 14, 21, 28, 35, 42, 49), (1, 2, 1, 1, 1, 1, 1, 1, 4)),
     "as on Qwen-Image-2512": ((0, 2, 4, 7, 14, 21, 28, 35, 42, 49), (1, 3, 1, 1, 1, 1, 1, 1, 4)),
 }
