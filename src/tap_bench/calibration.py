@@ -34,10 +34,12 @@ class Trajectories:
     Attributes:
         probe: probe features h of each branch, (S, B, N, D'), for S steps.
         residual: residuals r of each branch, (S, B, N, D).
+        output: hidden states after the last block of each branch, (S, B, N, D).
     """
 
     probe: list[Tensor]
     residual: list[Tensor]
+    output: list[Tensor]
 
 
 class Calibration:
@@ -146,13 +148,12 @@ class Calibration:
         return value
 
     def _trajectories(self, probe: Probe = "modulated_input") -> Trajectories:
-        """Probe features and residuals of the first batch of calibration samples at every step."""
+        """What every step of the first batch of calibration samples leaves."""
         recorder = _Recorder(TAPConfig.paper(full_steps=tuple(range(self.steps)), probe=probe))
         variant = on_engine("all", recorder.config, lambda _: recorder)
         run(self.pipe, self.model, variant, self.model.calibration[: self.model.batch], self.seed, self.steps)
-        return Trajectories(
-            *([torch.stack(features) for features in kind.values()] for kind in (recorder.probes, recorder.residuals))
-        )
+        kinds = recorder.probes, recorder.residuals, recorder.outputs
+        return Trajectories(*([torch.stack(features) for features in kind.values()] for kind in kinds))
 
 
 class _SeenError(Exception):
@@ -168,11 +169,13 @@ class _Recorder(Engine):
         super().__init__(config)
         self.probes: defaultdict[str, list[Tensor]] = defaultdict(list)
         self.residuals: defaultdict[str, list[Tensor]] = defaultdict(list)
+        self.outputs: defaultdict[str, list[Tensor]] = defaultdict(list)
 
     def record(self, call: Call, before: Tensor, after: Tensor, probe: Tensor | None, stream: str = "") -> None:
         assert probe is not None
         self.probes[call.branch + stream].append(probe.detach().clone())
         self.residuals[call.branch + stream].append((after - before).detach())
+        self.outputs[call.branch + stream].append(after.detach().clone())
 
     def _say_how_it_went(self) -> None:
         """Every step is meant to be full."""

@@ -148,10 +148,13 @@ class PixelWanPipeline(DiffusionPipeline):
         dtype = self.transformer.dtype
         x = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        for t in self.progress_bar(self.scheduler.timesteps):
+        timesteps = self.scheduler.timesteps
+        for i, t in enumerate(self.progress_bar(timesteps)):
             velocities = {}
+            # As diffusers' own Wan pipeline does, for caches that ask where a call stands.
+            where = {"step_index": i, "sigma": float(self.scheduler.sigmas[i]), "num_inference_steps": len(timesteps)}
             for branch, embeddings in branches.items():
-                with self.transformer.cache_context(branch):
+                with self.transformer.cache_context(branch, **where):
                     velocities[branch] = self.transformer(
                         x.to(dtype), t.expand(len(x)), embeddings.to(dtype), return_dict=False
                     )[0].float()

@@ -35,6 +35,7 @@ from tap_diffusion.core.errors import UsageError
 
 FITTED = {"teacache": "coefficients", "diffusers-magcache-ratios": "mag_ratios"}  # the setting that tells it
 OTHERS = ("threshold", "residual_diff_threshold", "full_steps")
+AGAIN = ("magcache", "l2p")  # of which settings tell only what came of it
 
 
 class Told(Calibration):
@@ -43,9 +44,9 @@ class Told(Calibration):
     settings: Mapping[str, Any]
 
     def fitted(self, name: str, fit: Callable[[], Any]) -> Any:
-        """As the base class where no setting tells it; MagCache's tell only what came of its ratios."""
+        """As the base class where no setting tells it."""
         known = [FITTED[name]] if name in FITTED else [setting for setting in OTHERS if setting in self.settings]
-        return self.settings[known[0]] if known and name != "magcache" else super().fitted(name, fit)
+        return self.settings[known[0]] if known and name not in AGAIN else super().fitted(name, fit)
 
 
 def rebuilt(cell: Cell, method: Method, pipe: Any, calibration: Told) -> Variant:

@@ -3,12 +3,13 @@
     python -m tap_bench.search climb --model scenes --full-steps 9 --out out/climb.json
     python -m tap_bench.search score --model scenes --schedule "0 1 2 3 5 8 13 27 49" --out out/score.json
     python -m tap_bench.search sensitivity --model scenes --out out/sensitivity.json
+    python -m tap_bench.search rank out/sensitivity.json
 
 ``climb`` is coordinate ascent (``tap_bench.tune.search``) from an even schedule and from a dense one, by PSNR
 on calibration samples. What it finds is confirmed on measured samples. ``score`` measures given schedules on these.
-``sensitivity`` predicts one step at a time, by reuse, in a trajectory that is otherwise full. All write what they know
-after each run, and go on from it when called again. On cores that are shared, ``OMP_NUM_THREADS=1`` can be several
-times faster.
+``sensitivity`` predicts one step at a time, by reuse, in a trajectory that is otherwise full. ``rank`` then says how
+well the probe tells what predicting a step costs. The others write what they know after each run, and go on from it
+when called again. On cores that are shared, ``OMP_NUM_THREADS=1`` can be several times faster.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -28,8 +30,10 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from tap_bench import metrics
-from tap_bench.calibration import SEED, run_all
+from tap_bench.calibration import SEED, Calibration, run_all
 from tap_bench.counting import Counts
+from tap_bench.methods.seacache import filtered_input, token_grid
+from tap_bench.methods.thresholds import relative_l1
 from tap_bench.models import MODELS, BenchModel, Drawn
 from tap_bench.tune import search
 from tap_bench.variant import on_engine
@@ -242,13 +246,61 @@ def sensitivity(
             _plot(known, out.with_suffix(".png"), f"{model} {call}")
 
 
+@app.command()
+def rank(sensitivity: Annotated[Path, typer.Argument(help="What ``sensitivity`` wrote.")]) -> None:
+    """Spearman correlations of what predicting a step costs with how much its probe differs from the step before's.
+
+    As it is, as TeaCache compares it, and through SeaCache's filter; beside them the index, which needs no probe.
+
+    Raises:
+        typer.BadParameter: the noise or the grid of the tokens is not known.
+    """
+    kept = json.loads(sensitivity.read_text(encoding="utf-8"))
+    of, known = kept["settings"], kept["psnr_db"]
+    weights = None if of["weights"] == "None" else Path(of["weights"])
+    pipe, chosen = _opened(of["model"], weights, json.dumps(of["call"]), of["samples"])
+    measured = replace(chosen, calibration=chosen.measured[: of["samples"]])
+    calibration = Calibration(pipe, measured, of["steps"], seed=0)
+    grid, timeline = token_grid(calibration), calibration.timeline
+    if grid is None or timeline is None:
+        raise typer.BadParameter(f"SeaCache's filter does not know {of['model']}")
+    probes = calibration.trajectories().probe
+    filtered = [
+        torch.stack([filtered_input(h, grid, noise) for h, noise in zip(probe, timeline.noise, strict=True)])
+        for probe in probes
+    ]
+    parts = {"all": range(of["steps"]), "first half": range(of["steps"] // 2)}
+    parts["second half"] = range(of["steps"] // 2, of["steps"])
+    for title, part in parts.items():
+        steps = [step for step in sorted(map(int, known)) if step in part]
+        if len(steps) < 3:
+            continue
+        costs = [_rms(known[str(step)]) for step in steps]
+        by = {name: [fmean(relative_l1(h[step], h[step - 1]) for h in features) for step in steps]
+              for name, features in (("as it is", probes), ("filtered", filtered))}  # fmt: skip
+        by["steps from the end"] = [-float(step) for step in steps]
+        found = ", ".join(f"{name} {spearman(costs, values):+.2f}" for name, values in by.items())
+        typer.echo(f"{title} ({len(steps)} steps): {found}")
+
+
+def spearman(one: Sequence[float], other: Sequence[float]) -> float:
+    """Rank correlation of values without ties."""
+    ranks = [np.argsort(np.argsort(values)) for values in (one, other)]
+    return 1 - 6 * float(np.square(ranks[0] - ranks[1]).sum()) / (len(one) ** 3 - len(one))
+
+
+def _rms(psnr: Sequence[float]) -> float:
+    """Root of the mean squared error, of 1, of samples with these PSNR, dB."""
+    return fmean(10 ** (-value / 10) for value in psnr) ** 0.5
+
+
 def _plot(known: dict[str, list[float]], file: Path, title: str) -> None:
     """Root of the mean squared error of the final picture, of 1, by the step that was predicted."""
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     at = sorted(map(int, known))
-    axes.plot(at, [fmean(10 ** (-value / 10) for value in known[str(step)]) ** 0.5 for step in at], marker="o", ms=3)
+    axes.plot(at, [_rms(known[str(step)]) for step in at], marker="o", ms=3)
     axes.set(xlabel="the predicted step", ylabel="RMS error of the final picture", yscale="log", title=title)
     figure.savefig(file, dpi=120)
 

@@ -21,7 +21,7 @@ from tap_diffusion.core.errors import UsageError
 from tiny import WORDS, build_pipeline
 
 NAMES = (
-    "tap", "tap-planned", "hicache", "spectrum", "teacache", "magcache", "dpcache", "diffusers-magcache",
+    "tap", "tap-planned", "hicache", "spectrum", "teacache", "magcache", "dpcache", "l2p", "diffusers-magcache",
     "cache-dit-dynamic", "euler",
 )  # fmt: skip
 pytestmark = pytest.mark.slow

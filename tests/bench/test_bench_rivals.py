@@ -27,6 +27,7 @@ from tap_diffusion import TAPConfig
 from tap_diffusion.core.call import Call
 from tap_diffusion.core.doubts import Fallback
 from tap_diffusion.core.engine import Engine
+from tap_diffusion.core.timeline import Timeline
 from tiny import TOKENS, WORDS, build_pipeline
 
 STEPS, SHAPE = 24, (2, 5, 4)
@@ -61,12 +62,13 @@ class Run:
     outputs: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
 
-def drive(engine: Engine, scripts: dict[str, Script]) -> Run:
+def drive(engine: Engine, scripts: dict[str, Script], timeline: Timeline | None = None) -> Run:
     """One trajectory, its branches called by turns, as the hook calls an engine."""
     run = Run({branch: [] for branch in scripts})
     for step in range(STEPS):
         for branch, features in scripts.items():
-            call = Call(step, branch, step == 0 and branch == next(iter(scripts)), step == STEPS - 1)
+            begins = step == 0 and branch == next(iter(scripts))
+            call = Call(step, branch, begins, step == STEPS - 1, timeline=timeline)
             x, h, r = (torch.from_numpy(part[step]) for part in (features.x, features.h, features.r))
             full = engine.begin(call)
             if not full:
@@ -224,7 +226,7 @@ def test_teacache_recovers_a_polynomial() -> None:
         signs = rng.choice([-1.0, 1.0], size=(1, 1, 1, 4, size))
         return list(torch.from_numpy(values[..., None, None] * signs))
 
-    found = teacache.fit(Trajectories(features(changes, 6), features(wanted(changes), 5)))
+    found = teacache.fit(Trajectories(features(changes, 6), features(wanted(changes), 5), []))
     np.testing.assert_allclose(found, wanted.coeffs, rtol=1e-6)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from tap_bench import scenes, search
+from tap_bench.calibration import Calibration
 from tap_bench.models import MODELS
 from tap_diffusion.apps.generate import load_pipeline
 from tap_diffusion.demo import data
@@ -185,3 +187,25 @@ def test_search_goes_on_and_says_what_it_found(tmp_path: Path) -> None:
     call(search.app, "sensitivity", *small, "--samples", 1, "--out", out)
     assert set(json.loads(out.read_text())["psnr_db"]) == {"1", "2", "3", "4"}
     assert out.with_suffix(".png").exists()
+
+    # Of steps that cost the less the later they are, by the textbook's formula of the changes of each branch's probe.
+    kept = json.loads(out.read_text())
+    kept["psnr_db"] = {step: [10.0 * int(step)] for step in kept["psnr_db"]}
+    out.write_text(json.dumps(kept))
+    model = MODELS["scenes"]()
+    size = {"height": 32, "width": 32}
+    arguments = model.arguments
+    model = replace(
+        model, calibration=model.measured[:1], batch=1, arguments=lambda conditions: arguments(conditions) | size
+    )
+    pipe = model.load()
+    pipe.set_progress_bar_config(disable=True)
+    probes = Calibration(pipe, model, 5, seed=0).trajectories().probe
+    changes = [sum(float((h[t] - h[t - 1]).abs().sum() / h[t - 1].abs().sum()) for h in probes) for t in (1, 2, 3, 4)]
+    apart = sum(
+        (sorted(changes).index(change) - place) ** 2 for change, place in zip(changes, (3, 2, 1, 0), strict=True)
+    )
+    said = call(search.app, "rank", out)
+    assert f"all (4 steps): as it is {1 - apart / 10:+.2f}, filtered " in said
+    assert "steps from the end +1.00\nsecond half (3 steps): as it is " in said
+    assert "first half" not in said

@@ -14,10 +14,16 @@ from tap_bench.methods import (
     dicache,
     diffusers_caches,
     dpcache,
+    easycache,
     first_block_cache,
     forecasters,
+    hicache_pp,
+    l2p,
     magcache,
+    meancache,
     planned,
+    racer,
+    seacache,
     solvers,
     spectrum,
     tap,
@@ -26,8 +32,8 @@ from tap_bench.methods import (
 from tap_diffusion.core.errors import UsageError
 
 MODULES = (
-    tap, forecasters, spectrum, teacache, first_block_cache, magcache, dicache, dpcache, planned, diffusers_caches,
-    cachedit, solvers,
+    tap, forecasters, hicache_pp, spectrum, racer, teacache, seacache, easycache, first_block_cache, magcache, dicache,
+    dpcache, l2p, meancache, planned, diffusers_caches, cachedit, solvers,
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+from diffusers import FirstBlockCacheConfig, MagCacheConfig, SeaCacheConfig, TaylorSeerCacheConfig
 from diffusers.models.cache_utils import CacheMixin
 
 from tap_bench.calibration import Trajectories
@@ -136,9 +136,31 @@ def _magcache(setting: Setting) -> Iterator[Variant]:
             yield of(setting.calibration.threshold(name, of, setting.budget, 1e-3, 100.0))
 
 
+def _seacache(setting: Setting) -> Iterator[Variant]:
+    """Reuse, as in the paper, and lines, as by default."""
+
+    def of(threshold: float, order: int) -> Variant:
+        # By default at most 2 steps in a row are skipped: too many full steps for us.
+        config = SeaCacheConfig(threshold=threshold, residual_order=order, max_consecutive_cached=0)
+        return Variant(
+            f"by threshold, order {order}", partial(_cached, config), {"threshold": threshold, "order": order}
+        )
+
+    # It hooks any model, and runs every step in full where it can't make out the latents or the pipeline does not tell
+    # it the noise. A threshold that no change comes to shows that.
+    if setting.budget < 2 or not _takes(setting.pipe, SeaCacheConfig()):
+        return
+    if setting.calibration.run(of(1e6, 0), samples=1)[1] == setting.steps:
+        return
+    for order in (0, 1):
+        name = f"diffusers-seacache-{order}"
+        yield of(setting.calibration.threshold(name, partial(of, order=order), setting.budget, 1e-3, 30.0), order)
+
+
 METHODS = [
     *(_taylorseer(f"diffusers-taylorseer-{order}", order, lite=False) for order in (1, 2)),
     *(_taylorseer(f"diffusers-taylorseer-lite-{order}", order, lite=True) for order in (1, 2)),
     Method("diffusers-first-block", "peer", "diffusers, First Block Cache", _first_block),
     Method("diffusers-magcache", "peer", "diffusers, MagCache, arXiv 2506.09045", _magcache),
+    Method("diffusers-seacache", "peer", "diffusers, SeaCache, arXiv 2602.18993", _seacache),
 ]

@@ -1,8 +1,9 @@
 """Full steps that were searched for, for one budget, by what they do to the final picture of the calibration samples.
 
-TAP as ``tap tune`` plans it, and TaylorSeer on full steps found in the same way, so that the search is not all that is
-compared. The idea is BudCache's, the search our own. A plan that other calibration samples do not confirm gives way to
-the schedule that would be taken without it.
+TAP as ``tap tune`` plans it, and reuse and TaylorSeer on full steps found in the same way, so that the search is not
+all that is compared. The idea is BudCache's, which reuses. It searches by simulated annealing on the final latents of
+one prompt, and then moves single steps; our search climbs from each schedule by PSNR. A plan that other calibration
+samples do not confirm gives way to the schedule that would be taken without it.
 """
 
 from __future__ import annotations
@@ -56,6 +57,10 @@ def _taylorseer(setting: Setting) -> Iterator[Variant]:
         yield _planned(setting, f"planned, order {order}", f"taylorseer-planned-{order}", config)
 
 
+def _budcache(setting: Setting) -> Iterator[Variant]:
+    yield _planned(setting, "planned", "budcache", partial(TAPConfig.paper, orders=(0,), horizon_span=0.0))
+
+
 METHODS = [
     Method("tap-planned", "tap", "docs/beyond.md", _tap, only_by_name=True),
     Method(
@@ -65,4 +70,5 @@ METHODS = [
         _taylorseer,
         only_by_name=True,
     ),
+    Method("budcache", "rival", "BudCache, arXiv 2606.13496, with another search", _budcache, only_by_name=True),
 ]

@@ -36,16 +36,21 @@ class TeaCacheEngine(ThresholdEngine):
         """As the base class; a full step is one to measure the next change against, too."""
         super().record(call, before, after, probe, stream)
         assert probe is not None
-        self._last[call.branch + stream] = probe.detach()
+        self._last[call.branch + stream] = self._compared(call, probe).detach()
 
     def predict(self, call: Call, hidden_states: Tensor, probe: Callable[[], Tensor], stream: str = "") -> Tensor:
         """Reuse the residual of the last full step, or raise Fallback where the change has come to the threshold."""
         history, key, h = self._anchors(call, hidden_states, stream), call.branch + stream, probe()
-        self._change[key] += float(self._rescale(relative_l1(h, self._last[key])))
-        self._last[key] = h
+        compared = self._compared(call, h)
+        self._change[key] += float(self._rescale(relative_l1(compared, self._last[key])))
+        self._last[key] = compared
         if self._change[key] >= self.threshold:
             raise Fallback(WANTED_FULL)
         return self._checked(call, hidden_states, history.residual[0], h, history)
+
+    def _compared(self, call: Call, h: Tensor) -> Tensor:  # noqa: ARG002
+        """What of the modulated input is compared from step to step."""
+        return h
 
 
 def fit(trajectories: Trajectories) -> list[float]:
