@@ -15,7 +15,6 @@ from tap_bench.method import Method, Setting, schedules
 from tap_bench.variant import Variant, on_engine
 from tap_diffusion.core.call import Call
 from tap_diffusion.core.config import TAPConfig
-from tap_diffusion.core.doubts import Fallback
 from tap_diffusion.core.engine import Engine
 from tap_diffusion.core.predictors import difference_matrix
 from tap_diffusion.core.schedule import paper_steps
@@ -75,9 +74,7 @@ class HiCachePPEngine(Engine):
 
     def predict(self, call: Call, hidden_states: Tensor, probe: Callable[[], Tensor], stream: str = "") -> Tensor:
         """As the base class where there are too few anchors of one spacing."""
-        history = self._histories[call.branch].get(stream)
-        if history is None or not history.fits(hidden_states):
-            raise Fallback("no finite anchor of this shape, dtype and device")
+        history = self._anchors(call, hidden_states, stream)
         times = tuple(history.times)
         even = _even(times)
         if even < FEWEST + (self._backend == "auto"):

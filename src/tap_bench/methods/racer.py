@@ -55,7 +55,7 @@ class RacerEngine(SpectrumEngine):
     def begin(self, call: Call) -> bool:
         """As the base class, but a full step of the schedule pays for one that was run in its place."""
         full = super().begin(call)
-        if full and self._owed[call.branch] and self._plan(call.step) and call.branch in self._histories:
+        if full and self._owed[call.branch] and self._plan(call.step) and self._branch(call).streams:
             self._owed[call.branch] -= 1
             return False
         return full
@@ -68,9 +68,7 @@ class RacerEngine(SpectrumEngine):
         stream: str = "",
     ) -> Tensor:
         """As far as it is trusted, or raise Fallback where a full step is due and can be paid for."""
-        history = self._histories[call.branch].get(stream)
-        if history is None or not history.fits(hidden_states):
-            raise Fallback("no finite anchor of this shape, dtype and device")
+        history = self._anchors(call, hidden_states, stream)
         times, differences = tuple(history.times), history.residual
         horizon, newest = call.step - times[0], differences[0]
         coefficients = self._candidates(times, call.step)[1][0]
