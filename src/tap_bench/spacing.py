@@ -35,7 +35,7 @@ from tap_diffusion.apps.files import write_json
 from tap_diffusion.core import timeline as core
 from tap_diffusion.core.config import TAPConfig
 from tap_diffusion.core.presets import STEPS
-from tap_diffusion.core.schedule import growing_steps, spaced_steps
+from tap_diffusion.core.schedule import clock_steps, growing_steps, spaced_steps
 from tap_diffusion.core.timeline import Timeline, flow_noise
 
 FOUND = Path(__file__).parents[2] / "docs" / "schedules" / "found.json"
@@ -72,7 +72,7 @@ class Evidence:
         known = self.models[model]
         tokens = known["tokens"] if tokens is None else tokens
         if exponent is not None:  # so many tokens as have the same effect
-            tokens = round(core.FEW * (tokens / core.FEW) ** (exponent / core.EXPONENT))
+            tokens = round(core.FEW * (tokens / core.FEW) ** exponent)
         timeline = Timeline(flow_noise(STEPS, known["sigma_shift"]), "flow", tokens=tokens)
         return spaced_steps(TAPConfig(), STEPS, count, timeline)
 
@@ -152,8 +152,9 @@ def _draw_one(axes: Axes, evidence: Evidence, model: str, count: int) -> None:
 
 def _before(evidence: Evidence, model: str, count: int) -> Steps:
     """What had been the default: even as few tokens see the noise, growing windows for videos."""
-    is_video = "frames" in evidence.models[model]["size"]
-    return growing_steps(STEPS, count) if is_video else evidence.rule(model, count, tokens=core.FEW)
+    if "frames" in evidence.models[model]["size"]:
+        return growing_steps(STEPS, count)
+    return clock_steps(Timeline(flow_noise(STEPS, evidence.models[model]["sigma_shift"]), "flow").pace, count)
 
 
 # ----------------------------------------------------------------------------------------------- the bench's own models

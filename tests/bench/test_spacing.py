@@ -11,8 +11,6 @@ import pytest
 from tap_bench.spacing import EXPONENTS, REPORTS, Evidence, distance
 from tap_diffusion import TAPConfig
 from tap_diffusion.core.presets import PRESETS, STEPS
-from tap_diffusion.core.schedule import clock_steps, spaced_steps
-from tap_diffusion.core.timeline import Timeline, flow_noise
 
 EVIDENCE = Evidence()
 NAMES = {
@@ -24,7 +22,7 @@ MEASURED = REPORTS.parent / "schedules" / "measured.json"
 
 def test_the_rule_is_near_what_searches_found() -> None:
     errors = {model: EVIDENCE.error(model) for model in EVIDENCE.models}
-    assert fmean(errors.values()) <= 0.15
+    assert fmean(errors.values()) <= 0.13
     assert max(errors.values()) <= 0.25
 
 
@@ -52,17 +50,6 @@ def test_presets_are_what_was_found(preset: str) -> None:
         searched = [objective for objective, steps in found if steps == full]
         assert searched[:1] == (["psnr"] if preset in ("flux.1-dev", "qwen-image") else ["budcache"])
         assert TAPConfig.preset(preset, full_steps=count) == TAPConfig(full_steps=full, steps=STEPS)
-
-
-@pytest.mark.parametrize("steps", [50, 28])
-def test_pictures_of_few_tokens_are_spaced_as_they_were(steps: int) -> None:
-    """So `emoji` and `fashion`, of 64 tokens, need not be measured anew."""
-    for tokens in (None, 16, 64):
-        known = Timeline(flow_noise(steps, 1.0), "flow", tokens=tokens)
-        for count in (6, 7, 8, 9, 10, 14):
-            full = spaced_steps(TAPConfig(), steps, count, known)
-            assert full == clock_steps(Timeline(known.noise, "flow").pace, count)
-            assert full[-1] == steps - 2
 
 
 @pytest.mark.skipif(not MEASURED.exists(), reason="nothing has been measured")

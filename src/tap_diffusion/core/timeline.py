@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 Prediction = Literal["flow", "epsilon", "v_prediction", "sample"]
 
-FEW = 64  # tokens of the pictures at which the pace was chosen; fewer count as so many
-EXPONENT = 0.9  # k of the noise as N tokens see it, σ/α over (N / 64)^k (docs/schedule.md)
+FEW = 64  # tokens; fewer count as so many
+CARE = 1.5  # by how much early steps count for more even then, chosen on the bench (docs/schedule.md)
 # Mean place of the full steps on the pace: as good as even, and dense at the start.
 EVEN, DENSE = 0.45, 0.4
 
@@ -54,32 +54,36 @@ class Timeline:
             steps: of the trajectory, at least 1.
             tokens: of the stream, or None.
         """
-        noise = tuple(math.tan(math.pi / 2 * (1 - step / steps)) ** 2 for step in range(1, steps))
-        return cls((math.inf, *noise), None, tokens=tokens)
+        angles = (math.pi / 2 * (1 - step / steps) for step in range(1, steps))
+        return cls((math.inf, *((CARE + 1) * math.tan(angle) ** 2 for angle in angles)), None, tokens=tokens)
 
-    @cached_property
-    def seen(self) -> tuple[float, ...]:
-        """The noise of each step as so many tokens see it: σ/α over (N / 64)^k; σ/α itself where there are fewer.
+    @property
+    def dilution(self) -> float:
+        """How many times the noise is less as so many tokens see it, 1.5 + N / 64.
 
         The layout of a picture is spread over all tokens, over which the noise of each averages out: the more there
         are, the earlier it is decided (docs/schedule.md).
         """
-        scale = (max(self.tokens or FEW, FEW) / FEW) ** EXPONENT
-        return tuple(noise / scale for noise in self.noise)
+        return CARE + max(self.tokens or FEW, FEW) / FEW
+
+    @cached_property
+    def seen(self) -> tuple[float, ...]:
+        """The noise of each step as so many tokens see it, ν: σ/α over the dilution."""
+        return tuple(noise / self.dilution for noise in self.noise)
 
     @property
     def tail(self) -> float:
         """How much of a window is left after the last full step (:func:`~tap_diffusion.core.schedule.clock_steps`).
 
-        1 - 64 / N: few tokens want a full step just before the end, many rather shorter windows everywhere.
+        Few tokens want a full step near the end, many rather shorter windows everywhere.
         """
-        return 1 - FEW / max(self.tokens or FEW, FEW)
+        return 1 - 1 / self.dilution
 
     @cached_property
     def spacing(self) -> tuple[float, ...]:
         """Time in which full steps are even, from 0 to len - 1: the pace, but with the noise as so many tokens see it.
 
-        It explains what searches found on real models (docs/schedule.md). Few tokens have the pace itself.
+        It explains what searches found on real models (docs/schedule.md).
         """
         return _halfway(self.seen)
 
