@@ -181,7 +181,7 @@ def test_hindsight_is_never_negative_nor_infinite(anchor: int, data: st.DataObje
 WHOLE = (math.inf, *((50 - step) / step for step in range(1, 50)))
 
 
-@pytest.mark.parametrize(("tokens", "dilution"), [(None, 2.5), (1, 2.5), (64, 2.5), (512, 9.5), (4096, 65.5)])
+@pytest.mark.parametrize(("tokens", "dilution"), [(None, 2), (1, 2), (64, 2), (512, 9), (4096, 65)])
 def test_noise_as_so_many_tokens_see_it(tokens: int | None, dilution: float) -> None:
     known = Timeline(WHOLE, "flow", tokens=tokens)
     assert known.seen == pytest.approx([noise / dilution for noise in WHOLE])
@@ -211,7 +211,7 @@ def test_the_default_s_slopes_are_whole_where_tokens_are_few(make: Callable[[], 
 
 
 def test_slopes_are_in_between_where_windows_grow_a_little() -> None:
-    for tokens, share in ((64, 0.92), (128, 0.83), (512, 0.8), (4096, 0.8)):
+    for tokens, share in ((64, 0.99), (128, 0.88), (512, 0.8), (4096, 0.8)):
         known = Timeline(WHOLE, "flow", tokens=tokens)
         full = clock_steps(known.spacing, 8, known.tail)
         assert replace(known, full=full).slopes == pytest.approx(share, abs=0.01)

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 Prediction = Literal["flow", "epsilon", "v_prediction", "sample"]
 
 FEW = 64  # tokens; fewer count as so many
-CARE = 1.5  # by how much early steps count for more even then, chosen on the bench (docs/schedule.md)
 # Mean place of the full steps on the pace: as good as even, and dense at the start.
 EVEN, DENSE = 0.45, 0.4
 
@@ -54,17 +53,18 @@ class Timeline:
             steps: of the trajectory, at least 1.
             tokens: of the stream, or None.
         """
-        angles = (math.pi / 2 * (1 - step / steps) for step in range(1, steps))
-        return cls((math.inf, *((CARE + 1) * math.tan(angle) ** 2 for angle in angles)), None, tokens=tokens)
+        few = cls((), None).dilution
+        noise = (few * math.tan(math.pi / 2 * (1 - step / steps)) ** 2 for step in range(1, steps))
+        return cls((math.inf, *noise), None, tokens=tokens)
 
     @property
     def dilution(self) -> float:
-        """How many times the noise is less as so many tokens see it, 1.5 + N / 64.
+        """How many times the noise is less as so many tokens see it, 1 + N / 64.
 
         The layout of a picture is spread over all tokens, over which the noise of each averages out: the more there
         are, the earlier it is decided (docs/schedule.md).
         """
-        return CARE + max(self.tokens or FEW, FEW) / FEW
+        return 1 + max(self.tokens or FEW, FEW) / FEW
 
     @cached_property
     def seen(self) -> tuple[float, ...]:
