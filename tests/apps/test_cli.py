@@ -298,7 +298,7 @@ def test_tune_refuses_what_it_can_t_do(arguments: list[Any], words: str) -> None
 
 
 def full_steps_in(output: str) -> list[int]:
-    return [int(step) for step in re.findall(r"│ +(\d+) │", output)]
+    return [int(step) for step in re.findall(r"(?m)^│ +(\d+) │", output)]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import tap_diffusion as tap
 from tiny import TOKENS, build_pipeline, engine_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Guiders are currently")]
-STEPS, FULL = 20, 6
+STEPS, FULL = 20, 5
 
 
 def modular(blocks: Any, parts: Any) -> Any:
