@@ -44,8 +44,8 @@ calibration samples; in bold the best. What the names stand for: [methods](metho
 other variants, intervals, times, memory, pictures, and what was tried in tuning; `make docs` makes them, one HTML file
 each.
 
-TAP's rows are of its default before [the rule for full steps](schedule.md), which brings it 0.7 dB in the mean of 18 cells:
-4 dB on `emoji` at 8 and 6, −1.2 to +1.4 on `sprites`. No other method has been run with it.
+TAP's rows are of its default before [the rule for full steps](schedule.md), which brings it 0.7 dB in the mean of 18
+cells: 4 dB on `emoji` at 8 and 6, −1.2 to +1.4 on `sprites`. No other method has been run with it.
 
 """
 
