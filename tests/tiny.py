@@ -67,7 +67,9 @@ def build_pipeline(pipeline: type = FluxPipeline, **transformer: Any) -> Any:
     return pipe
 
 
-def sample(pipe: Any, prompt: str | list[str] = "red apple", seed: int = 0, steps: int = 20, **more: Any) -> Tensor:
+def sample(
+    pipe: Any, prompt: str | list[str] | None = "red apple", seed: int = 0, steps: int = 20, **more: Any
+) -> Tensor:
     """Final latents of one run."""
     arguments = {
         "height": 32, "width": 32, "num_inference_steps": steps, "max_sequence_length": TOKENS,

@@ -173,6 +173,7 @@ def test_options_make_the_configuration(model: Path, tmp_path: Path) -> None:
         (["--warmup", 2], "--warmup goes with --interval"),
         (["--speedup", 0.5], "TAPConfig.speedup is 0.5; it must be a number ≥ 1"),
         (["--full-steps", 9], "full_steps is 9, more than the 8 steps"),
+        (["--config", "NINE.json"], "full_steps is 9, more than the 8 steps"),
         (["--model", "./NOTHERE"], "there is no folder ./NOTHERE"),
         (["red apple", "--prompts", "EMPTY.txt"], "is empty"),
         (["--speedup", 5, "--full-steps", 4], "speedup and full_steps both say how many steps are full"),
@@ -197,6 +198,7 @@ def test_a_bad_value_gives_one_line_and_status_2(
     Path("BROKEN").mkdir()
     Path("BROKEN/model_index.json").write_text("{")
     Path("EMPTY.txt").write_text("\n \n")
+    Path("NINE.json").write_text('{"full_steps": 9}')
     prompts = [] if "--prompts" in arguments else ["red apple"]
     defaults = [] if "--model" in arguments else ["--model", model]
     result = run(*prompts, *defaults, *([] if "--steps" in arguments else ["--steps", 8]), *arguments)

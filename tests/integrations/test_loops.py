@@ -396,6 +396,7 @@ falling = SIGMAS.tolist()
     [
         ({"sigmas": falling, "alphas_cumprod": falling}, "either sigmas or alphas_cumprod"),
         ({"times": falling}, "either sigmas or alphas_cumprod"),
+        ({"fresh_noise": True}, "either sigmas or alphas_cumprod"),
         ({"sigmas": [1.0]}, r"sigmas are \[1.0\]: give one more than there are steps"),
         ({"sigmas": [1.0, 0.5, 0.5, 0.0]}, r"sigmas must fall .*from number 1 to number 2 they go from 0.5 to 0.5"),
         ({"sigmas": [0.0, 0.5, 0.4, 1.0]}, "from number 1 to number 2 they go from 0.5 to 0.4"),

@@ -322,10 +322,14 @@ def test_pipelines_in_threads(count: int) -> None:
     base = build_pipeline()
     tap.enable(base, CONFIG)
     copies = [cloned(base) for _ in range(count)]
-    prompts = ["red apple", "green frog face", "blue book"]
+    # Encoded before: plain pipelines that share text encoders differ between threads now and then.
+    encoded = []
+    for prompt in ("red apple", "green frog face", "blue book"):
+        embeddings, pooled, _ = base.encode_prompt(prompt, prompt, max_sequence_length=TOKENS)
+        encoded.append({"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled})
 
     def draw(number: int) -> Tensor:
-        return sample(copies[number], prompts[number % 3], seed=number, steps=12 + number)
+        return sample(copies[number], None, seed=number, steps=12 + number, **encoded[number % 3])
 
     alone = [draw(number) for number in range(count)]
     found: dict[int, Any] = {}
@@ -337,15 +341,10 @@ def test_pipelines_in_threads(count: int) -> None:
             found[number] = error
 
     at_once(work, count)
-    equal = 0
     for number in range(count):
         assert not isinstance(found[number], BaseException), found[number]
-        for latents in found[number]:
-            # Plain pipelines that share a transformer in 8 threads differ by as much now and then, without TAP.
-            torch.testing.assert_close(latents, alone[number], rtol=0, atol=0.1)
-            equal += torch.equal(latents, alone[number])
+        assert all(torch.equal(latents, alone[number]) for latents in found[number]), number
         assert tap.report(copies[number]).steps == 12 + number
-    assert equal >= 2 * count - 3
     assert all(run.work.engine.cache_bytes == 0 for run in hooks(base)[0].runs)
 
 

@@ -201,7 +201,7 @@ def test_fewer_than_ten_full_steps_that_are_dense_at_the_start_shorten_slopes(fu
 
 
 @pytest.mark.parametrize("make", [flow, lambda: ddim("epsilon"), lambda: flow(shift=3.0)])
-def test_the_default_s_slopes_are_whole_where_tokens_are_few(make: Callable[[], Any]) -> None:
+def test_slopes_are_whole_where_full_steps_are_even_in_the_pace(make: Callable[[], Any]) -> None:
     known = timeline(make(), 0)
     assert known is not None
     for steps in (STEPS, 8):

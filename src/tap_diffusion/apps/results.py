@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tap_diffusion.apps import media
-from tap_diffusion.apps.files import difference, write_json, write_whole
+from tap_diffusion.apps.files import FPS, difference, write_json, write_whole
 from tap_diffusion.apps.sheets import sheet, stack
 from tap_diffusion.core.errors import UsageError
 
@@ -85,7 +85,7 @@ class Results:
 
     def add(
         self, samples: Mapping[str, Tensor], seconds: Mapping[str, Sequence[float]], account: Mapping[str, Any],
-        psnr: Sequence[float] = (), fps: int = 16,
+        psnr: Sequence[float] = (), fps: int = FPS,
     ) -> None:  # fmt: skip
         """Write a batch.
 
@@ -104,7 +104,7 @@ class Results:
             for kind, batch in samples.items():
                 suffix, content = media.encoded(batch[i], fps)
                 names.append(f"{number:03d}-{_slug(prompts[number])}-{kind}{suffix}")
-                write_whole(self.out / names[-1], partial(_write, content))
+                write_whole(self.out / names[-1], methodcaller("write_bytes", content))
             files.append(names)
         for kind, times in seconds.items():
             before = report["seconds"].get(kind) or [0.0] * len(times)
@@ -143,10 +143,6 @@ class Results:
 def _evenly(frames: int) -> Tensor:
     """Which of a video's frames are shown."""
     return torch.linspace(0, frames - 1, min(COLUMNS, frames)).round().long()
-
-
-def _write(content: bytes, file: Path) -> None:
-    file.write_bytes(content)
 
 
 def _slug(prompt: str) -> str:

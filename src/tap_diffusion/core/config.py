@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 from tap_diffusion.core.errors import ConfigError
 from tap_diffusion.core.predictors import FAMILIES
@@ -122,7 +122,7 @@ class TAPConfig:
         yield "interval", self.interval is None or full is None, "None where full_steps are given"
         yield (
             "speedup",
-            speedup == DEFAULT_SPEEDUP or (full is None and self.interval is None),
+            speedup == DEFAULT_SPEEDUP or (full is None and self.interval is None),  # as if it were left out
             "left out where full_steps or interval say how many steps are full",
         )
         yield "warmup", _is_count(self.warmup), "an integer of at least 1"
@@ -263,12 +263,12 @@ class TAPConfig:
         return cls.from_json(Path(file).read_text(encoding="utf-8"))
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return _is_int(value) and value >= 1
 
 
 def _is_schedule(value: object) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import entry_points, version
+from importlib.metadata import entry_points
 from typing import Annotated
 
 import typer
 
+from tap_diffusion import __version__
 from tap_diffusion.apps.cli import generate, models, options, plan, ui
 from tap_diffusion.core.errors import UsageError
 
@@ -27,7 +28,7 @@ app = typer.Typer(
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(version("tap-diffusion"))
+        typer.echo(__version__)
         raise typer.Exit
 
 

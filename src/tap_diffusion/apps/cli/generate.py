@@ -130,8 +130,8 @@ def generate(
         config = _config(config_file, paper, speedup=speedup, full_steps=full_steps, interval=interval, warmup=warmup)
         if config.interval is not None and config.warmup > steps:
             raise UsageError(f"warmup is {config.warmup}, more than the {steps} steps")
-        if full_steps is not None and full_steps > steps:
-            raise UsageError(f"full_steps is {full_steps}, more than the {steps} steps")
+        if isinstance(config.full_steps, int) and config.full_steps > steps:
+            raise UsageError(f"full_steps is {config.full_steps}, more than the {steps} steps")
         make_writable(out)
         with console.status("importing diffusers"):
             # That takes seconds, for which neither --help nor a wrong option should wait.

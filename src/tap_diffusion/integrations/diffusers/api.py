@@ -74,7 +74,7 @@ def apply_tap(
     if not isinstance(config, TAPConfig):
         raise TypeError(f"config is {config!r}; give a TAPConfig, such as TAPConfig(speedup=5)")
     loop = None
-    if sigmas is not None or alphas_cumprod is not None or times is not None:
+    if fresh_noise or any(levels is not None for levels in (sigmas, alphas_cumprod, times)):
         loop = Loop(sigmas, alphas_cumprod, times, prediction, fresh_noise)
     module = inmost(module)
     if spec is None:
