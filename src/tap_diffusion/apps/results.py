@@ -133,7 +133,10 @@ class Results:
         batches = [shown[i : i + COLUMNS] for i in range(0, len(shown), COLUMNS)]
 
         def side_by_side(batch: range, frame: Any = ...) -> Image.Image:
-            rows = [torch.stack([sample[frame] for sample in row]) for row in zip(*samples[batch.start : batch.stop])]
+            rows = [
+                torch.stack([sample[frame] for sample in row])
+                for row in zip(*samples[batch.start : batch.stop], strict=True)
+            ]
             return sheet(rows, labels, [prompts[i] for i in batch], scale)
 
         if samples[0][0].ndim == 4:
