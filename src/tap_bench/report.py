@@ -379,8 +379,8 @@ def _row(cell: Cell, scores: Iterable[str], compared: bool, tenth: bool) -> str:
         if "difference_ci" in cell:
             interval = _interval(cell["difference_ci"], signed)
             difference = (
-                f'{signed(cell["difference_db"])} <span class="range">{interval}</span>'
-                f' <span class="verdict">{_MARKS[found][0]}</span>'
+                f'<span class="verdict">{_MARKS[found][0]}</span> {signed(cell["difference_db"])}'
+                f' <span class="range">{interval}</span>'
             )
         columns.append((difference, cell.get("difference_db"), ""))
     columns += [
