@@ -97,9 +97,10 @@ def _columns(runs: Sequence[Results]) -> Iterator[tuple[Results, int]]:
 
 # --------------------------------------------------------------------------------------------------------------- words
 
-_FIDELITY = """How well the probe tells which candidate is best, on the trajectories of the full result, without feedback:
-at each predicted step, the candidates' proxy losses against the true errors ‖r̂ - r‖ of their residuals.
-Candidates that are equal (at horizon 0 all orders are) count once.
+_FIDELITY = """How well the probe tells which candidate is best.
+
+On the trajectories of the full result, without feedback, each predicted step compares the candidates' proxy losses with
+the true errors ‖r̂ - r‖ of their residuals. Candidates that are equal (at horizon 0 all orders are) count once.
 
 - **Rank correlation** is Spearman's, of each token over its candidates. Spread is its standard deviation over the
   tokens of a sample.
