@@ -210,7 +210,7 @@ def _verdict(measured: Sequence[Cell]) -> str:
     heads = "".join(f"<th>{head}</th>" for head in columns)
     small = " p10: a tenth of the samples is below." if tenth else ""
     return f"""<p>{" ".join(_sentences(measured))}</p>
-<table class="verdict"><thead><tr><th class="text">full evaluations</th>{heads}</tr></thead>
+<table class="verdict"><thead><tr><th>full evaluations</th>{heads}</tr></thead>
 <tbody>{"".join(rows)}</tbody></table>
 <p class="note">PSNR at equal numbers of full evaluations, mean over samples.{small} “Other” leaves out TAP's own
 variants; the last column has them too. There ▲ is better than TAP, and ≈ can't be told apart from it: the 95 % interval
@@ -223,8 +223,9 @@ def _sentences(measured: Sequence[Cell]) -> Iterator[str]:
     for budget in _budgets(measured):
         other = _best_other(_ranked(measured, budget))
         if other is not None:
-            apart = f"{escape(other['method'])}, {abs(other['difference_db']):.1f} dB"
-            found.setdefault(verdict(other), []).append(f"at {budget} ({apart})")
+            kind, ahead = verdict(other), -other["difference_db"]
+            size = f"TAP {signed(ahead, 1)}" if kind == "not told apart" else f"by {abs(ahead):.1f}"
+            found.setdefault(kind, []).append(f"at {budget} ({escape(other['method'])}, {size} dB)")
     words: dict[Verdict, str] = {
         "worse": "TAP is ahead of the best other method",
         "not told apart": "TAP and the best other method can't be told apart",
@@ -233,6 +234,14 @@ def _sentences(measured: Sequence[Cell]) -> Iterator[str]:
     for kind, text in words.items():
         if kind in found:
             yield f"{text} {_enumerated(found[kind])}."
+    variants = [
+        f"{escape(cell['method'])} at {cell['budget']}"
+        for budget in _budgets(measured)
+        for cell in _ranked(measured, budget)
+        if cell["family"] == _OWN and verdict(cell) == "better"
+    ]
+    if variants:
+        yield f"Of its own variants {_enumerated(variants)} did better."
     tenths = [
         f"{cell['psnr_p10_db']:.1f} dB at {cell['budget']}"
         for budget in _budgets(measured)
@@ -443,9 +452,10 @@ def _pictures(out: Path, measured: Sequence[Cell], full: Cell) -> str:
     ranked = _ranked(measured, at)
     ours = next((cell for cell in ranked if cell["method"] == BASELINE), None)
     shown = [cell for cell in (ours, _best_other(ranked)) if cell is not None]
+    first = f", then TAP and the best other method at {at} full evaluations" if shown else ""
     parts = [
-        f'<p class="note">Samples of the first seeds, the same on every sheet: TAP and the best other method at {at}'
-        f" full evaluations. All others are below, the best PSNR first.</p>{drawn}",
+        f'<p class="note">Samples of the first seeds, the same on every sheet: the full result{first}. All others are'
+        f" folded away below, the best PSNR first.</p>{drawn}",
         f'<div class="reference">{_sheet(out / "pictures" / "full.png", "<b>full result</b>")}</div>',
         *_sheets(out, shown),
     ]
@@ -567,9 +577,9 @@ def _interval(ends: Sequence[float], form: Callable[[float], str]) -> str:
     return f"[{form(ends[0])}, {form(ends[1])}]"
 
 
-def signed(value: float) -> str:
+def signed(value: float, digits: int = 2) -> str:
     """With its sign, and a minus that is one."""
-    return f"{value:+.2f}".replace("-", "−")
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def _times(value: float | None) -> str:

@@ -185,8 +185,8 @@ def test_the_verdict_comes_first_and_says_who_is_ahead(folder: Path) -> None:
     text = write_report(folder).read_text(encoding="utf-8")
     assert re.findall(r'<section id="(\w+)">', text)[:3] == ["verdict", "pictures", "frontier"]
     assert words(text) == (
-        "TAP is ahead of the best other method at 10 (stronger, 1.0 dB)."
-        " TAP is behind the best other method at 8 (stronger, 1.2 dB)."
+        "TAP is ahead of the best other method at 10 (stronger, by 1.0 dB)."
+        " TAP is behind the best other method at 8 (stronger, by 1.2 dB)."
     )
     rows = [texts for heading, _, texts in Page(text).rows if heading == "Verdict"]
     assert rows[1:] == [["10", "38.0", "stronger", "37.0", "+1.00 [+0.50, +1.50]", "none"],
@@ -197,14 +197,16 @@ def test_where_the_interval_holds_0_the_verdict_says_that_nothing_can_be_told(fo
     cells = [cell for cell in CELLS if cell["method"] not in ("stronger", ODD)]
     (folder / "results.json").write_text(json.dumps(cells))
     text = write_report(folder).read_text(encoding="utf-8")
-    assert words(text) == "TAP and the best other method can't be told apart at 8 (alike, 0.2 dB)."
+    assert words(text) == "TAP and the best other method can't be told apart at 8 (alike, TAP +0.2 dB)."
 
 
 def test_a_better_variant_of_tap_is_named_but_is_no_other_method(folder: Path) -> None:
     variant = cell("tap-planned", "tap", 40.0, (5.5, 5.0, 6.0))
     (folder / "results.json").write_text(json.dumps([*CELLS, variant]))
     text = write_report(folder).read_text(encoding="utf-8")
-    assert "behind the best other method at 8 (stronger, 1.2 dB)" in words(text)
+    assert words(text).endswith(
+        "TAP is behind the best other method at 8 (stronger, by 1.2 dB). Of its own variants tap-planned at 8 did better."
+    )
     rows = [texts for heading, _, texts in Page(text).rows if heading == "Verdict"]
     assert rows[2][-1] == "▲ tap-planned, ▲ stronger, ≈ alike"
 
