@@ -205,7 +205,8 @@ def test_a_better_variant_of_tap_is_named_but_is_no_other_method(folder: Path) -
     (folder / "results.json").write_text(json.dumps([*CELLS, variant]))
     text = write_report(folder).read_text(encoding="utf-8")
     assert words(text).endswith(
-        "TAP is behind the best other method at 8 (stronger, by 1.2 dB). Of its own variants tap-planned at 8 did better."
+        "TAP is behind the best other method at 8 (stronger, by 1.2 dB)."
+        " Of its own variants tap-planned at 8 did better."
     )
     rows = [texts for heading, _, texts in Page(text).rows if heading == "Verdict"]
     assert rows[2][-1] == "▲ tap-planned, ▲ stronger, ≈ alike"
