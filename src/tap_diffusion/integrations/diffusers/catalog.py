@@ -90,22 +90,16 @@ def _annotations(module: ast.Module) -> Iterator[tuple[str, ast.expr]]:
 
 
 def as_markdown(entries: list[Entry]) -> str:
-    """The page docs/models.md."""
+    """The tables of docs/models.md by class: what works, and what doesn't."""
     works = [entry for entry in entries if entry.status == "works"]
     others = [entry for entry in entries if entry.status != "works"]
     lines = [
-        "# Models",
-        "",
-        f"Made by `tap models --markdown`. {len(works)} transformer classes of diffusers work, each backed by the",
-        "conformance suite (`tests/integrations/test_conformance.py`); the rest raise `UnsupportedModelError` with the"
-        " reason.",
-        "",
-        "| class | pipelines | probe | stream | to know |",
-        "| --- | --- | --- | --- | --- |",
-        *(f"| {e.name} | {', '.join(e.families)} | {e.probe} | `{e.stream}` | {e.note} |" for e in works),
-        "",
-        "| not accelerated | reason |",
+        "| transformer class | its pipelines |",
         "| --- | --- |",
-        *(f"| {entry.name} | {entry.note or 'not known'} |" for entry in others),
+        *(f"| `{e.name}` | {', '.join(e.families) or 'none in diffusers'}{e.note and f'. {e.note}'} |" for e in works),
+        "",
+        "| not accelerated | why |",
+        "| --- | --- |",
+        *(f"| `{entry.name}` | {entry.note or 'not known'} |" for entry in others),
     ]
     return "\n".join(lines) + "\n"
