@@ -27,10 +27,10 @@ def table() -> str:
             accelerate(patcher)
         except UnsupportedModelError as error:
             refused.setdefault(kind, str(error))
-    lines = ["| class | in `comfy.supported_models` | |", "| --- | --- | --- |"]
+    lines = ["| class | in `comfy.supported_models` |", "| --- | --- |"]
     for kind in sorted(names, key=str.lower):
-        said = f"refused: {refused[kind]}" if kind in refused else "works"
-        lines.append(f"| {kind} | {', '.join(sorted(names[kind], key=str.lower))} | {said} |")
+        said = f". **Refused**: {refused[kind]}" if kind in refused else ""
+        lines.append(f"| {kind} | {', '.join(sorted(names[kind], key=str.lower))}{said} |")
     return "\n".join(lines) + "\n"
 
 

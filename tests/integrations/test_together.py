@@ -414,6 +414,19 @@ class TestWan22:
             self.sample(pipe, num_inference_steps=steps)
             assert (tap.report(pipe).steps, tap.report(pipe).full_steps) == (steps, 8)
 
+    def test_a_timestep_for_each_token(self, pipe: Any) -> None:
+        """As the 5B model has it, whose one transformer is told the time token by token."""
+        parts = pipe.components | {"transformer_2": None}
+        pipe = diffusers.WanPipeline(**parts, expand_timesteps=True)
+        pipe.set_progress_bar_config(disable=True)
+        plain = self.sample(pipe)
+        with tap.enabled(pipe, tap.TAPConfig(full_steps=8)):
+            first = self.sample(pipe)
+            assert tap.report(pipe).full_steps == 8
+            assert torch.equal(self.sample(pipe), first)
+        assert 0 < (first - plain).norm() / plain.norm() < 0.1
+        assert torch.equal(self.sample(pipe), plain)
+
 
 class TestSchedulersAndGuidance:
     @pytest.fixture

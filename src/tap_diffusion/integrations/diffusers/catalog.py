@@ -90,16 +90,14 @@ def _annotations(module: ast.Module) -> Iterator[tuple[str, ast.expr]]:
 
 
 def as_markdown(entries: list[Entry]) -> str:
-    """The tables of docs/models.md by class: what works, and what doesn't."""
+    """The lists of docs/models.md by class: what works, and what doesn't."""
     works = [entry for entry in entries if entry.status == "works"]
     others = [entry for entry in entries if entry.status != "works"]
     lines = [
-        "| transformer class | its pipelines |",
-        "| --- | --- |",
-        *(f"| `{e.name}` | {', '.join(e.families) or 'none in diffusers'}{e.note and f'. {e.note}'} |" for e in works),
+        *(f"- `{e.name}`: {', '.join(e.families) or 'no pipeline in diffusers'}{e.note and f'. {e.note}'}" for e in works),
         "",
-        "| not accelerated | why |",
-        "| --- | --- |",
-        *(f"| `{entry.name}` | {entry.note or 'not known'} |" for entry in others),
+        "Not accelerated:",
+        "",
+        *(f"- `{entry.name}`: {entry.note or 'not known'}" for entry in others),
     ]
     return "\n".join(lines) + "\n"
