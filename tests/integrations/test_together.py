@@ -136,6 +136,31 @@ def test_int8_weights(name: str) -> None:
     quantization = pytest.importorskip("torchao.quantization")
     model = build(name)
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    check_quantized(name, model)
+
+
+@FAMILIES
+def test_int8_weights_of_a_gguf_file(name: str, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    model = build(name)
+    model.save_config(tmp_path)
+    file = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(file, "tiny")
+    kinds = gguf.GGMLQuantizationType
+    for key, weight in model.state_dict().items():
+        kind = kinds.Q8_0 if weight.ndim == 2 and weight.shape[1] % 32 == 0 else kinds.F32
+        writer.add_tensor(key, gguf.quants.quantize(weight.numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    how = diffusers.GGUFQuantizationConfig(compute_dtype=torch.float32)
+    quantized = type(model).from_single_file(str(file), config=str(tmp_path), quantization_config=how)
+    assert any(type(module).__name__ == "GGUFLinear" for module in quantized.modules())
+    check_quantized(name, quantized.eval())
+
+
+def check_quantized(name: str, model: Any) -> None:
     plain = denoise(model, CASES[name])[0]
     with tap.enabled(model, CONFIG):
         first = denoise(model, CASES[name])[0]
