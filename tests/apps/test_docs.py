@@ -83,10 +83,10 @@ def test_python_blocks_run(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path:
     load, load_substitute = FluxPipeline.from_pretrained, Substitute.from_pretrained
     loaded: list[str] = []
 
-    def from_pretrained(source: str, **how: Any) -> Any:
+    def from_pretrained(source: str | Path, **how: Any) -> Any:
         if source == EMOJI:
             return load(source, **how)
-        loaded.append(source)
+        loaded.append(str(source))
         return load_substitute(in_bfloat16, **how)
 
     monkeypatch.setattr(FluxPipeline, "from_pretrained", from_pretrained)

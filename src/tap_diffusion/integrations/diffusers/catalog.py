@@ -94,7 +94,7 @@ def as_markdown(entries: list[Entry]) -> str:
     works = [entry for entry in entries if entry.status == "works"]
     others = [entry for entry in entries if entry.status != "works"]
     lines = [
-        *(f"- `{e.name}`: {', '.join(e.families) or 'no pipeline in diffusers'}{e.note and f'. {e.note}'}" for e in works),
+        *(f"- `{e.name}`: {', '.join(e.families) or 'no pipeline'}{e.note and f'. {e.note}'}" for e in works),
         "",
         "Not accelerated:",
         "",
