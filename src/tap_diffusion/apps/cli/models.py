@@ -16,7 +16,7 @@ from tap_diffusion.apps.cli.options import (
 
 def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/models.md.")] = False,
 ) -> None:
     """List the transformer classes of diffusers: which work, and why the others don't."""
     with Console(stderr=True).status("reading diffusers"):
