@@ -97,19 +97,24 @@ def _columns(runs: Sequence[Results]) -> Iterator[tuple[Results, int]]:
 
 # --------------------------------------------------------------------------------------------------------------- words
 
-_FIDELITY = """On the trajectories of the full result, without feedback, for each predicted step of the schedule: the
-candidates' proxy losses against the true errors ‖r̂ - r‖ of their residuals. Candidates that are equal (at horizon 0
-all orders are) count once. Rank correlation is Spearman's, of each token over its candidates: mean, and standard
-deviation over the tokens of a sample. Best is the share of tokens whose choice is the truly best candidate; chance is
-one over their number. Errors of the chosen candidate are given as ratios, geometric means over tokens, to that of the
-truly best and to that of a fixed predictor, order 1 at horizon k. Brackets are 95 % bootstrap intervals over
-samples."""
+_FIDELITY = """How well the probe tells which candidate is best.
+
+On the trajectories of the full result, without feedback, each predicted step compares the candidates' proxy losses with
+the true errors ‖r̂ - r‖ of their residuals. Candidates that are equal (at horizon 0 all orders are) count once.
+
+- **Rank correlation** is Spearman's, of each token over its candidates. Spread is its standard deviation over the
+  tokens of a sample.
+- **Best** is the share of tokens whose choice is the truly best candidate. Chance is one over their number.
+- **Errors** of the chosen candidate are ratios, geometric means over tokens: to the truly best one, and to a fixed
+  predictor, order 1 at horizon k.
+- **Brackets** are 95 % bootstrap intervals over samples."""
 
 
+_TITLES = {"paper": "Ablations of the paper's method", "recommended": "Ablations of the defaults"}
 _BASELINES = {
     "paper": "as the paper has it (arXiv 2603.03792: Taylor orders 0 to 2, λ = 4, δ = 1, cosine, per token), on the"
     " paper's schedule",
-    "recommended": "as `TAPConfig(full_steps=...)` has it (docs/beyond.md)",
+    "recommended": "as `TAPConfig(full_steps=...)` has it",
 }
 
 
@@ -123,14 +128,16 @@ def _introduction(runs: Sequence[Results]) -> str:
         low, high = cell["psnr_ci"]
         values.append([results["model"], str(budget), f"{cell['psnr_db']:.2f} [{low:.2f}, {high:.2f}]"])
     of = " and ".join(dict.fromkeys(_BASELINES[results["of"]] for results in runs))
-    return f"""# Ablations
+    title = "; ".join(dict.fromkeys(_TITLES[results["of"]] for results in runs))
+    return f"""# {title}
 
-One thing at a time is changed of TAP {of}. Models: {listed}.
+What each part is worth: TAP is taken {of}, and one thing at a time is changed. Models: {listed}.
 
-Figures are differences in PSNR to TAP, dB, PSNR being the distance to what the same pipeline draws from the same noise
-with all steps full. They are paired by seed; brackets and bars are 95 % bootstrap intervals of the mean difference:
-▲ better than TAP, ▼ worse, ≈ not told apart. Intervals are not corrected for the number of comparisons: of 20 that
-make no difference, one is expected to leave 0 out.
+- **Figures** are differences in PSNR to TAP, dB. PSNR is the distance to what the same pipeline draws from the same
+  noise with all steps full.
+- **Marks:** ▲ better than TAP, ▼ worse, ≈ not told apart.
+- **Brackets and bars** are 95 % bootstrap intervals of the mean difference, paired by seed. They are not corrected for
+  the number of comparisons: of 20 that make no difference, one is expected to leave 0 out.
 
 {_table(heads, values)}"""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ STYLE: Any = {
     "text.color": COLOURS["ink"], "axes.labelcolor": COLOURS["ink"], "axes.edgecolor": COLOURS["ink"],
     "xtick.color": COLOURS["ink"], "ytick.color": COLOURS["ink"], "grid.color": COLOURS["grid"],
 }  # fmt: skip
+MOST = 8  # curves in colour, and with a name
 _ASIDE = 0.011  # of the range of budgets, between the points of methods that share one
 _LABEL_GAP = 0.048  # of the axes' height
 
@@ -55,11 +57,7 @@ def frontier(cells: Sequence[dict[str, Any]], cost: str, lower_is_better: bool) 
 def _plot(cells: Sequence[dict[str, Any]], baseline: str, x: str, label: str, lower_is_better: bool) -> str:
     if not cells:
         return ""
-    best = {cell["method"] for cell in frontier(cells, x, lower_is_better)} | {baseline}
-    for family in MARKERS:  # so that each family can be seen
-        own = [cell for cell in cells if cell["family"] == family]
-        if own:
-            best.add(max(own, key=lambda cell: (-cell["budget"], cell["psnr_db"]))["method"])
+    best = _best(cells, baseline, x, lower_is_better)
     curves: dict[str, list[dict[str, Any]]] = {}
     for cell in sorted(cells, key=lambda cell: cell[x]):
         curves.setdefault(cell["method"], []).append(cell)
@@ -92,6 +90,17 @@ def _plot(cells: Sequence[dict[str, Any]], baseline: str, x: str, label: str, lo
             axes.plot([], [], label=FAMILIES[family], **style)
         axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=4, frameon=False, fontsize=9, columnspacing=1.2)
         return as_svg(figure, prefix=x)
+
+
+def _best(cells: Sequence[dict[str, Any]], baseline: str, x: str, lower_is_better: bool) -> list[str]:
+    """The methods to be named: the baseline, the best of each family, and those that are most on the frontier."""
+    best = [baseline]
+    for family in MARKERS:  # so that each family can be seen
+        own = [cell for cell in cells if cell["family"] == family]
+        if own:
+            best.append(max(own, key=lambda cell: (-cell["budget"], cell["psnr_db"]))["method"])
+    ahead = Counter(cell["method"] for cell in frontier(cells, x, lower_is_better))
+    return list(dict.fromkeys([*best, *(method for method, _ in ahead.most_common())]))[:MOST]
 
 
 def _curve(axes: Axes, curve: Sequence[dict[str, Any]], xs: Sequence[float], ranges: bool, strong: bool) -> None:

@@ -9,7 +9,7 @@ import base64
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -30,6 +30,7 @@ _MARKS: dict[Verdict, str] = {
     "baseline": "baseline", "better": "▲ better", "worse": "▼ worse", "not told apart": "≈ not told apart",
     "not compared": "–",
 }  # fmt: skip
+_OWN = "tap"  # the family of TAP and its variants
 _PAGE_WIDTH = 1000  # pixels to which small sheets are enlarged
 _FEW = 30  # samples, under which percentile intervals cover the mean clearly less often than they say
 
@@ -57,11 +58,12 @@ def write_report(out: Path) -> Path:
     """
     run, full, measured = _read(out)
     sections = [
-        ("in-short", "In short", _in_short(measured)),
-        ("frontier", "Frontier", _frontier(measured, run)),
-        ("results", "Results", _results(measured, full)),
-        ("tuning", "What was tried in tuning", _tuning(out, measured)),
+        ("verdict", "Verdict", _verdict(measured)),
         ("pictures", "Pictures", _pictures(out, measured, full)),
+        ("frontier", "Quality against cost", _frontier(measured, run)),
+        ("results", "All methods", _results(measured, full)),
+        ("tuning", "What was tried in tuning", _tuning(out, measured)),
+        ("run", "How it was run", _run(out, run, measured, full)),
         ("settings", "Exact settings", _settings(measured)),
     ]
     here = Path(__file__).parent
@@ -80,8 +82,8 @@ def write_report(out: Path) -> Path:
 <body>
 <header>
 <h1>{escape(title)}</h1>
+<p>{_scope(measured, full)}</p>
 <nav>{" ".join(f'<a href="#{name}">{heading}</a>' for name, heading, _ in sections)}</nav>
-{_heading(out, run, measured, full)}
 </header>
 <main>
 {"".join(f'<section id="{name}"><h2>{heading}</h2>{body}</section>' for name, heading, body in sections)}
@@ -129,7 +131,7 @@ def summary(cells: Sequence[Cell]) -> list[Table]:
         table = Table(title=f"{budget} full evaluations", title_justify="left", title_style="bold")
         for head in ("method", "schedule"):
             table.add_column(head, overflow="fold")
-        for head in ("full", "time", "PSNR", f"to {BASELINE} [95 %], dB"):
+        for head in ("full", "time", "PSNR", "p10", f"to {BASELINE} [95 %], dB"):
             table.add_column(head, justify="right", no_wrap=True)
         for cell in _ranked(measured, budget):
             found = verdict(cell)
@@ -140,6 +142,7 @@ def summary(cells: Sequence[Cell]) -> list[Table]:
                 f"{cell['full_steps']:.4g}",
                 _times(cell["time_speedup"]),
                 f"{cell['psnr_db']:.2f}",
+                _maybe(cell.get("psnr_p10_db"), ".2f"),
                 f"{signed(cell['difference_db'])} {_interval(cell['difference_ci'], signed)} {_MARKS[found][0]}"
                 if compared
                 else _MARKS[found],
@@ -147,7 +150,10 @@ def summary(cells: Sequence[Cell]) -> list[Table]:
             )
         tables.append(table)
     if tables:
-        tables[-1].caption = "▲ better, ▼ worse, ≈ not told apart, by the 95 % interval of the difference"
+        tables[-1].caption = (
+            "▲ better, ▼ worse, ≈ not told apart, by the 95 % interval of the difference;"
+            " p10: a tenth of the samples is below"
+        )
         tables[-1].caption_justify = "left"
     return tables
 
@@ -165,16 +171,110 @@ def verdict(cell: Cell) -> Verdict:
 # ------------------------------------------------------------------------------------------------------- the sections
 
 
-def _heading(out: Path, run: Mapping[str, Any], measured: Sequence[Cell], full: Cell) -> str:
-    """What was run, and how methods were compared."""
-    suite = run["suite"]
+def _scope(measured: Sequence[Cell], full: Cell) -> str:
+    """What was compared, in one line."""
     methods = len({cell["method"] for cell in measured})
+    return (
+        f"{methods} methods at {_listed(map(str, _budgets(measured)))} full evaluations of {full['steps']}, on"
+        f" {full['samples']} samples. PSNR is to what the same pipeline draws from the same noise with all steps full."
+    )
+
+
+def _verdict(measured: Sequence[Cell]) -> str:
+    """How TAP compares with the best other method at each budget, and with its own variants."""
+    if not any("difference_ci" in cell for cell in measured):
+        return f'<p class="note">The method {BASELINE} was not run, so nothing is compared to it.</p>'
+    tenth = any("psnr_p10_db" in cell for cell in measured)
+    means = ", mean (p10), dB" if tenth else ", dB"
+    rows = []
+    for budget in _budgets(measured):
+        cells = _ranked(measured, budget)
+        ours = next((cell for cell in cells if cell["method"] == BASELINE), None)
+        if ours is None:
+            continue
+        other = _best_other(cells)
+        names = [
+            f'<span class="{_class(cell)}">{_MARKS[verdict(cell)][0]} {escape(cell["method"])}</span>'
+            for cell in cells
+            if verdict(cell) in ("better", "not told apart")
+        ]
+        columns = {
+            f"TAP{means}": _mean_and_tenth(ours),
+            "best other method": escape(other["method"]) if other else "–",
+            f"its PSNR{means}": _mean_and_tenth(other) if other else "–",
+            "TAP is ahead by, dB [95 %]": _ahead(other) if other else "–",
+            "not worse than TAP": ", ".join(names) or "none",
+        }
+        tds = "".join(f'<td data-head="{head}"><div>{text}</div></td>' for head, text in columns.items())
+        rows.append(f"<tr><th>{budget}</th>{tds}</tr>")
+    heads = "".join(f"<th>{head}</th>" for head in columns)
+    small = " p10: a tenth of the samples is below." if tenth else ""
+    return f"""<p>{" ".join(_sentences(measured))}</p>
+<table class="verdict"><thead><tr><th>full evaluations</th>{heads}</tr></thead>
+<tbody>{"".join(rows)}</tbody></table>
+<p class="note">PSNR at equal numbers of full evaluations, mean over samples.{small} “Other” leaves out TAP's own
+variants; the last column has them too. There ▲ is better than TAP, and ≈ can't be told apart from it: the 95 % interval
+of the difference holds 0.</p>"""
+
+
+def _sentences(measured: Sequence[Cell]) -> Iterator[str]:
+    """The verdict in words."""
+    found: dict[Verdict, list[str]] = {}
+    for budget in _budgets(measured):
+        other = _best_other(_ranked(measured, budget))
+        if other is not None:
+            kind, ahead = verdict(other), -other["difference_db"]
+            size = f"TAP {signed(ahead, 1)}" if kind == "not told apart" else f"by {abs(ahead):.1f}"
+            found.setdefault(kind, []).append(f"at {budget} ({escape(other['method'])}, {size} dB)")
+    words: dict[Verdict, str] = {
+        "worse": "TAP is ahead of the best other method",
+        "not told apart": "TAP and the best other method can't be told apart",
+        "better": "TAP is behind the best other method",
+    }
+    for kind, text in words.items():
+        if kind in found:
+            yield f"{text} {_enumerated(found[kind])}."
+    variants = [
+        f"{escape(cell['method'])} at {cell['budget']}"
+        for budget in _budgets(measured)
+        for cell in _ranked(measured, budget)
+        if cell["family"] == _OWN and verdict(cell) == "better"
+    ]
+    if variants:
+        yield f"Of its own variants {_enumerated(variants)} did better."
+    tenths = [
+        f"{cell['psnr_p10_db']:.1f} dB at {cell['budget']}"
+        for budget in _budgets(measured)
+        for cell in _ranked(measured, budget)
+        if cell["method"] == BASELINE and "psnr_p10_db" in cell
+    ]
+    if tenths:
+        yield f"A tenth of TAP's samples is below {_enumerated(tenths)}."
+
+
+def _best_other(ranked: Iterable[Cell]) -> Cell | None:
+    """The best cell that is neither TAP nor one of its variants."""
+    return next((cell for cell in ranked if cell["family"] != _OWN and "difference_ci" in cell), None)
+
+
+def _ahead(other: Cell) -> str:
+    """By how much TAP is ahead of another, with the interval."""
+    low, high = other["difference_ci"]
+    return f'{signed(-other["difference_db"])} <span class="range">{_interval([-high, -low], signed)}</span>'
+
+
+def _mean_and_tenth(cell: Cell) -> str:
+    tenth = f" ({cell['psnr_p10_db']:.1f})" if "psnr_p10_db" in cell else ""
+    return f"{cell['psnr_db']:.1f}{tenth}"
+
+
+def _run(out: Path, run: Mapping[str, Any], measured: Sequence[Cell], full: Cell) -> str:
+    """How methods were compared, and what is needed to repeat it."""
+    suite = run["suite"]
     command = out / "command.txt"
     again = command.read_text(encoding="utf-8").strip() if command.exists() else None
     facts = {
         "Model": escape(full["model"]),
-        "Run": f"{methods} methods at {_listed(map(str, _budgets(measured)))} full evaluations;"
-        f" the full result has {full['steps']} steps",
         "To repeat": f"<pre>{escape(again)}</pre>" if again else "started from Python, not by the command",
         "Arithmetic": escape(run.get("dtype", "float32")),
         "Versions": escape(", ".join(f"{name} {version}" for name, version in run["versions"].items())),
@@ -184,40 +284,19 @@ def _heading(out: Path, run: Mapping[str, Any], measured: Sequence[Cell], full: 
     few = " With so few samples they are too narrow." if full["samples"] < _FEW else ""
     compared = sum("difference_ci" in cell for cell in measured)
     by_chance = (
-        f" Intervals are not corrected for the number of comparisons: of {compared}, about {0.05 * compared:.1f} would"
-        " leave 0 out by chance if no method differed from TAP."
+        f" Of {compared}, about {0.05 * compared:.1f} would leave 0 out by chance if no method differed from TAP."
         if compared
         else ""
     )
-    return f"""<dl>{"".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts.items())}</dl>
-<p><b>How methods were compared.</b> Each method is tuned by itself: at each budget all its variants (schedules, or
-thresholds fitted to the budget) are tried on {suite["tuned_on"]} calibration samples, and the one with the highest
-mean PSNR is then measured on {full["samples"]} others. Quality is the distance to the full result: what the same
-pipeline draws from the same noise with {full["steps"]} full steps. Differences to TAP are paired by seed. Intervals in
-brackets are 95 % percentile bootstrap intervals of the mean over samples, those of differences of the mean paired
-difference.{few}{by_chance} A budget counts full evaluations; methods with a threshold meet it only about, so see their
-full steps.</p>"""
-
-
-def _in_short(measured: Sequence[Cell]) -> str:
-    """Who is better than TAP, and who can't be told from it."""
-    if not any("difference_ci" in cell for cell in measured):
-        return f'<p class="note">The method {BASELINE} was not run, so nothing is compared to it.</p>'
-    rows = []
-    for budget in _budgets(measured):
-        cells = _ranked(measured, budget)
-        names = {kind: [cell["method"] for cell in cells if verdict(cell) == kind] for kind in _MARKS}
-        baseline = next((cell for cell in cells if cell["method"] == BASELINE), None)
-        rows.append(
-            f"<tr><th>{budget}</th><td>{_psnr(baseline) if baseline else '–'}</td>"
-            f'<td class="text names"><span class="better-names">{_listed(map(escape, names["better"]))}</span></td>'
-            f'<td class="text names">{_listed(map(escape, names["not told apart"]))}</td>'
-            f"<td>{len(names['worse'])}</td></tr>"
-        )
-    return f"""<p>By PSNR at equal budgets of full evaluations: does the interval of the difference leave 0 out?</p>
-<div class="wide"><table><thead><tr><th class="text">full evaluations</th><th>PSNR of TAP (dB)</th>
-<th class="text">better than TAP</th><th class="text">not told apart from TAP</th><th>worse than TAP</th></tr></thead>
-<tbody>{"".join(rows)}</tbody></table></div>"""
+    return f"""<ul>
+<li>Each method is tuned by itself. At each budget all its variants (schedules, or thresholds fitted to the budget) are
+tried on {suite["tuned_on"]} calibration samples. The one with the highest mean PSNR is measured on {full["samples"]}
+others.</li>
+<li>Brackets are 95 % percentile bootstrap intervals of the mean.{few}</li>
+<li>Differences to TAP are paired by seed.{by_chance}</li>
+<li>A budget counts full evaluations. Methods with a threshold meet it only about, so see their full steps.</li>
+</ul>
+<dl>{"".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts.items())}</dl>"""
 
 
 def _frontier(measured: Sequence[Cell], run: Mapping[str, Any]) -> str:
@@ -225,9 +304,9 @@ def _frontier(measured: Sequence[Cell], run: Mapping[str, Any]) -> str:
     figures = [plots.evaluations_plot(measured, BASELINE), *([plots.time_plot(measured, BASELINE)] if timed else [])]
     ranges = ", horizontal ones the range of the timed runs" if timed else ""
     return f"""<div class="plots">{"".join(f"<figure>{figure}</figure>" for figure in figures)}</div>
-<p class="note">In colour: TAP, every method that no other beats in both PSNR and cost at some point, and the best of
-each family at the smallest budget. Grey: the rest. Vertical bars are 95 % intervals of the mean PSNR{ranges}. By
-evaluations coloured points stand a little aside of each other.</p>
+<p class="note">At most {plots.MOST} methods are in colour: TAP, the best of each family at the smallest budget, and
+those that most often no other beats in both PSNR and cost. Vertical bars are 95 % intervals of the mean PSNR{ranges}.
+By evaluations coloured points stand a little aside of each other.</p>
 <p><b>Times.</b> {_timing(run, len(timed), len(measured))}</p>"""
 
 
@@ -252,66 +331,79 @@ def _results(measured: Sequence[Cell], full: Cell) -> str:
     scores = list(full["scores"])
     scores += sorted({name for cell in measured for name in cell["scores"]} - set(scores))
     compared = any("difference_ci" in cell for cell in measured)
+    tenth = any("psnr_p10_db" in cell for cell in measured)
     heads = [
-        ("method", ""), ("family", ""), ("schedule", ""), ("full steps", ""), ("evaluations", "fewer, ×"),
-        ("FLOPs", "fewer, ×"), ("time", "faster, × [range]"), ("PSNR", "dB [95 %]"),
-        *([("to TAP", "dB [95 %]"), ("by PSNR", "")] if compared else []), ("SSIM", ""), ("latent error", ""),
-        *((name, "no reference" if name in full["scores"] else "to full") for name in scores), ("memory", "extra"),
+        ("method", ""), ("PSNR", "dB"), *([("p10", "dB")] if tenth else []),
+        *([("to TAP", "dB [95 %]")] if compared else []), ("time", "faster, ×"), ("FLOPs", "fewer, ×"),
+        ("full steps", ""), ("schedule", ""), ("SSIM", ""), ("latent error", ""),
+        *((name.replace("_", " "), "no reference" if name in full["scores"] else "to full") for name in scores),
+        ("memory", "extra"),
     ]  # fmt: skip
     head = "".join(
-        f"<th{' class=text' if i < 3 or name == 'by PSNR' else ''}>{escape(name)}"
+        f"<th{' class=text' if name in ('method', 'schedule') else ''}>{escape(name)}"
         + (f'<br><span class="range">{note}</span></th>' if note else "</th>")
-        for i, (name, note) in enumerate(heads)
+        for name, note in heads
     )
     reference = [
-        "", full["schedule"], f"{full['full_steps']:.4g}", "1×", "1×", "1×", "reference",
-        *(["", ""] if compared else []), "", "", *(_maybe(full["scores"].get(name), ".4g") for name in scores), "",
+        "reference", *([""] if tenth else []), *([""] if compared else []), "1×", "1×", f"{full['full_steps']:.4g}",
+        full["schedule"], "", "", *(_maybe(full["scores"].get(name), ".4g") for name in scores), "",
     ]  # fmt: skip
+    kinds = " ".join(f"{_family(name)}{words}," for name, words in plots.FAMILIES.items())
+    first = "".join(
+        f"<td{' class=text' if name == 'schedule' else ''}>{value}</td>"
+        for (name, _), value in zip(heads[1:], reference, strict=True)
+    )
     parts = [
-        '<p class="note">Sorted by PSNR; click on a head to sort by it. Evaluations count full steps only, FLOPs and'
-        " time all that is run. Scores need no reference, where nothing else is said; the first row has the full"
-        " model's. Memory is the most that tensors were seen to take beyond the plain pipeline's, for one sample."
-        " A number of full steps that misses the budget by over 2 % is bold.</p>"
+        f"<ul class=note><li>Sorted by PSNR; click on a head to sort by it. Point at PSNR or time for its interval or"
+        f" range.</li>{'<li>p10: a tenth of the samples is below.</li>' if tenth else ''}"
+        "<li>▲ better than TAP, ▼ worse, ≈ not told apart: whether the interval of the difference leaves 0 out.</li>"
+        "<li>FLOPs and time count all that is run, full steps only full evaluations. A number of full steps that misses"
+        " the budget by over 2 % is bold.</li>"
+        "<li>Scores need no reference, where nothing else is said; the first row has the full model's.</li>"
+        "<li>Memory is the most that tensors were seen to take beyond the plain pipeline's, for one sample.</li>"
+        f"<li>{kinds.removesuffix(',')}.</li></ul>"
     ]
     for budget in _budgets(measured):
-        rows = "".join(_row(cell, scores, compared) for cell in _ranked(measured, budget))
+        rows = "".join(_row(cell, scores, compared, tenth) for cell in _ranked(measured, budget))
         parts.append(
             f'<h3 id="budget-{budget}">{budget} full evaluations</h3><div class="wide"><table class="sortable">'
-            f'<thead><tr>{head}</tr></thead><tbody><tr class="full"><th>full</th>'
-            f"{''.join(f'<td>{value}</td>' for value in reference)}</tr></tbody>"
+            f'<thead><tr>{head}</tr></thead><tbody><tr class="full"><th>full</th>{first}</tr></tbody>'
             f"<tbody>{rows}</tbody></table></div>"
         )
     return "".join(parts)
 
 
-def _row(cell: Cell, scores: Iterable[str], compared: bool) -> str:
+def _row(cell: Cell, scores: Iterable[str], compared: bool, tenth: bool) -> str:
     found = verdict(cell)
     off = abs(cell["full_steps"] - cell["budget"]) > 0.02 * cell["budget"]
     low, high = cell["time_speedup_range"] or (0.0, 0.0)
-    spread = f' <span class="range">[{low:.2f}, {high:.2f}]</span>' if low != high else ""
+    time = _times(cell["time_speedup"])
     columns: list[tuple[str, float | None, str]] = [  # what is shown, what it is sorted by, class
-        (_family(cell), None, "text"),
-        (escape(cell["schedule"]), None, "text"),
-        (f"{cell['full_steps']:.4g}", cell["full_steps"], "off" if off else ""),
-        (_times(cell["evaluations_speedup"]), cell["evaluations_speedup"], ""),
-        (_times(cell["flops_speedup"]), cell["flops_speedup"], ""),
-        (_times(cell["time_speedup"]) + spread, cell["time_speedup"], ""),
-        (_psnr(cell), cell["psnr_db"], ""),
+        (_titled(f"{cell['psnr_db']:.2f}", _interval(cell["psnr_ci"], "{:.2f}".format)), cell["psnr_db"], "")
     ]
+    if tenth:
+        columns.append((_maybe(cell.get("psnr_p10_db"), ".2f"), cell.get("psnr_p10_db"), ""))
     if compared:
-        difference = ""
+        difference = _MARKS[found]
         if "difference_ci" in cell:
             interval = _interval(cell["difference_ci"], signed)
-            difference = f'{signed(cell["difference_db"])} <span class="range">{interval}</span>'
-        columns += [(difference, cell.get("difference_db"), ""), (_MARKS[found], None, "text verdict")]
+            difference = (
+                f'<span class="verdict">{_MARKS[found][0]}</span> {signed(cell["difference_db"])}'
+                f' <span class="range">{interval}</span>'
+            )
+        columns.append((difference, cell.get("difference_db"), ""))
     columns += [
+        (_titled(time, f"{low:.2f} to {high:.2f}") if low != high else time, cell["time_speedup"], ""),
+        (_times(cell["flops_speedup"]), cell["flops_speedup"], ""),
+        (f"{cell['full_steps']:.4g}", cell["full_steps"], "off" if off else ""),
+        (escape(cell["schedule"]), None, "text names"),
         (f"{cell['ssim']:.4f}", cell["ssim"], ""),
         (f"{cell['latent_error']:.4f}", cell["latent_error"], ""),
         *((_maybe(cell["scores"].get(name), ".4g"), cell["scores"].get(name), "") for name in scores),
         (_bytes(cell["memory_bytes"]), cell["memory_bytes"], ""),
     ]
     tds = "".join(_td(*column) for column in columns)
-    return f'<tr class="{found.replace(" ", "-")}"><th>{_name(cell)}</th>{tds}</tr>'
+    return f'<tr class="{_class(cell)}"><th>{_family(cell["family"])}{_name(cell)}</th>{tds}</tr>'
 
 
 def _tuning(out: Path, measured: Sequence[Cell]) -> str:
@@ -355,35 +447,51 @@ def _pictures(out: Path, measured: Sequence[Cell], full: Cell) -> str:
         samples = pq.read_table(out / "samples.parquet", columns=["method", "seed", "condition"]).to_pylist()
         items = "".join(f"<li>{escape(s['condition'])}</li>" for s in samples if s["method"] == full["method"])
         drawn = _folded("What was drawn, by seed", f'<ol start="0">{items}</ol>')
+    budgets = _budgets(measured)
+    at = budgets[len(budgets) // 2]
+    ranked = _ranked(measured, at)
+    ours = next((cell for cell in ranked if cell["method"] == BASELINE), None)
+    shown = [cell for cell in (ours, _best_other(ranked)) if cell is not None]
+    first = f", then TAP and the best other method at {at} full evaluations" if shown else ""
     parts = [
-        '<p class="note">The samples of the first seeds, the same on every sheet; the full result stays in sight. The'
-        f" best PSNR comes first.</p>{drawn}",
+        f'<p class="note">Samples of the first seeds, the same on every sheet: the full result{first}. All others are'
+        f" folded away below, the best PSNR first.</p>{drawn}",
         f'<div class="reference">{_sheet(out / "pictures" / "full.png", "<b>full result</b>")}</div>',
+        *_sheets(out, shown),
     ]
-    for budget in _budgets(measured):
-        sheets = "".join(
-            _sheet(
-                out / "pictures" / f"{cell['method']}-{budget}.png",
-                f"<b>{escape(cell['method'])}</b> {_family(cell)}, {cell['full_steps']:.4g} full steps,"
-                f" {cell['psnr_db']:.2f} dB, {_MARKS[verdict(cell)]}",
-            )
-            for cell in _ranked(measured, budget)
-        )
-        parts.append(_folded(f"{budget} full evaluations", sheets))
+    for budget in budgets:
+        others = [cell for cell in _ranked(measured, budget) if cell not in shown]
+        parts.append(_folded(f"{budget} full evaluations", "".join(_sheets(out, others))))
     return "".join(parts)
+
+
+def _sheets(out: Path, cells: Iterable[Cell]) -> Iterator[str]:
+    """The sheets of samples of some cells, then the names of those that have none."""
+    missing = []
+    for cell in cells:
+        file = out / "pictures" / f"{cell['method']}-{cell['budget']}.png"
+        if not _kept(file).exists():
+            missing.append(escape(cell["method"]))
+            continue
+        yield _sheet(
+            file,
+            f"{_family(cell['family'])}<b>{escape(cell['method'])}</b>, {cell['full_steps']:.4g} full steps,"
+            f" {cell['psnr_db']:.2f} dB, {_MARKS[verdict(cell)]}",
+        )
+    if missing:
+        yield f'<p class="note">No picture was kept of {_listed(missing)}.</p>'
 
 
 def _sheet(file: Path, caption: str) -> str:
     """A sheet of samples, drawn by this run (PNG) or kept from another's page (WebP, as it is there)."""
-    kept = file.with_suffix(".webp")
-    if not file.exists() and not kept.exists():
+    file = _kept(file)
+    if not file.exists():
         return f"<p>{caption}: no picture</p>"
     content = io.BytesIO()
-    file = file if file.exists() else kept
     with Image.open(file) as picture:
         width, height = picture.size
         scale = max(1, _PAGE_WIDTH // width)
-        if file == kept:
+        if file.suffix == ".webp":
             content.write(file.read_bytes())
         else:  # PNGs of a standard run take 10 MB; losses would be seen only where pixels are enlarged
             picture.save(content, "webp", lossless=scale > 1, quality=90)
@@ -392,6 +500,11 @@ def _sheet(file: Path, caption: str) -> str:
         f' width="{width * scale}" height="{height * scale}" loading="lazy"'
         f' src="data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"></figure>'
     )
+
+
+def _kept(file: Path) -> Path:
+    """The sheet's file, or its WebP where that is all there is."""
+    return file if file.exists() else file.with_suffix(".webp")
 
 
 def _settings(measured: Sequence[Cell]) -> str:
@@ -446,21 +559,27 @@ def _name(cell: Cell) -> str:
     return f'<span title="{escape(source)}">{name}</span>'
 
 
-def _family(cell: Cell) -> str:
-    return f'<span class="family {escape(cell["family"])}">{escape(cell["family"])}</span>'
+def _family(name: str) -> str:
+    """The family's mark, in its colour."""
+    return f'<span class="family {escape(name)}" title="{escape(plots.FAMILIES.get(name, name))}"></span>'
 
 
-def _psnr(cell: Cell) -> str:
-    return f'{cell["psnr_db"]:.2f} <span class="range">{_interval(cell["psnr_ci"], "{:.2f}".format)}</span>'
+def _class(cell: Cell) -> str:
+    """The verdict, as the style sheet names it."""
+    return verdict(cell).replace(" ", "-")
 
 
-def _interval(ends: Sequence[float], form: Any) -> str:
+def _titled(shown: str, title: str) -> str:
+    return f'<span title="{title}">{shown}</span>'
+
+
+def _interval(ends: Sequence[float], form: Callable[[float], str]) -> str:
     return f"[{form(ends[0])}, {form(ends[1])}]"
 
 
-def signed(value: float) -> str:
+def signed(value: float, digits: int = 2) -> str:
     """With its sign, and a minus that is one."""
-    return f"{value:+.2f}".replace("-", "−")
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def _times(value: float | None) -> str:
@@ -487,6 +606,10 @@ def _td(shown: str, value: float | None, kind: str) -> str:
 
 def _machine(facts: Mapping[str, Any]) -> str:
     return f"{facts['processor']}, {facts['cores']} cores, {facts['threads']} torch threads"
+
+
+def _enumerated(items: Sequence[str]) -> str:
+    return " and ".join([", ".join(items[:-1])] * (len(items) > 1) + [items[-1]])
 
 
 def _listed(items: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tap_diffusion.core.report import Report
     from tap_diffusion.integrations.diffusers.api import apply_tap, disable, enable, enabled, report, trajectory
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ConfigError",

@@ -128,12 +128,16 @@ def test_wan(tmp_path: Path) -> None:
     result = generate(pipe, "tiny", request, tap.TAPConfig(full_steps=4), tmp_path, compare=True, fps=5)
     assert (result["frames"], result["height"], result["width"], result["batch_size"]) == (5, 32, 48, 1)
     assert {file.name for file in tmp_path.iterdir()} == {
-        "compare.png", "report.json", *(f"00{i}-{name}-{kind}.mp4" for kind in ("full", "tap")
+        "compare.gif", "compare.png", "report.json", *(f"00{i}-{name}-{kind}.mp4" for kind in ("full", "tap")
         for i, name in enumerate(("red-apple", "green-frog-face"))),
     }  # fmt: skip
     reader: Any = imageio.get_reader(tmp_path / "000-red-apple-tap.mp4")
     assert reader.get_meta_data()["fps"] == 5
     assert np.shape(imageio.mimread(tmp_path / "000-red-apple-tap.mp4")) == (5, 32, 48, 3)
+    with Image.open(tmp_path / "compare.gif") as played:  # two rows of two videos
+        assert (played.n_frames, played.info["duration"], played.info["loop"]) == (5, 200, 0)
+        assert played.width > 2 * 48 * 3
+        assert played.height > 2 * 32 * 3
     full, _ = run(pipe, request, "")
     with tap.enabled(pipe, tap.TAPConfig(full_steps=4)):
         accelerated, _ = run(pipe, request, "")

@@ -423,6 +423,7 @@ def test_the_recommended_settings_have_ablations_of_their_own(tmp_path: Path) ->
         assert by_label[label]["difference_db"] != 0
         assert by_label[label]["full_evaluations"] == 5
     page = (tmp_path / "ablations.md").read_text()
+    assert page.startswith("# Ablations of the defaults\n")
     assert "as `TAPConfig(full_steps=...)` has it" in page
     assert "Fidelity" not in page
 

@@ -311,6 +311,9 @@ def test_a_run_measures_what_it_says(tmp_path: Path) -> None:
     full, few = (draw(pipe, model, WORDS[2:], 2, num_inference_steps=steps) for steps in (STEPS, 4))
     assert row["psnr_db"] == pytest.approx(float(metrics.psnr(few.pictures, full.pictures)[0]), abs=1e-3)
     assert row["condition"] == WORDS[2]
+    lowest, second, *others = sorted(row["psnr_db"] for row in samples if row["method"] == "euler")
+    share = 0.1 * (len(others) + 1)  # of the way from the lowest to the second, as the tenth lies among so few
+    assert cells["euler"]["psnr_p10_db"] == pytest.approx(lowest + share * (second - lowest))
     tried = json.loads((tmp_path / "tuning" / "fora-4.json").read_text())
     assert {entry["schedule"] for entry in tried} == {"paper", "even", "even after 2", "even on the clock", "growing"}
     best = max(tried, key=lambda entry: entry["psnr_db"])

@@ -40,7 +40,7 @@ def cell(method: str, family: str, psnr: float, difference: tuple[float, float, 
         "budget": 8, "full_steps": 8.0, "steps": 50, "samples": 64, "evaluations_speedup": 6.25, "flops_speedup": 6.01,
         "time_speedup": 5.43, "time_speedup_range": [5.31, 5.56], "memory_bytes": 1_500_000,
         "settings": {"orders": [1]}, "psnr_db": psnr, "psnr_ci": [psnr - 0.5, psnr + 0.5],
-        "ssim": 0.9123, "latent_error": 0.0456, "scores": {"clip": 0.281},
+        "ssim": 0.9123, "latent_error": 0.0456, "scores": {"clip_score": 0.281},
     }  # fmt: skip
     if difference is not None:
         found |= {"difference_db": difference[0], "difference_ci": list(difference[1:])}
@@ -51,7 +51,8 @@ CELLS = [
     {
         "model": "emoji", "method": "full", "family": "full", "source": "", "schedule": "every step", "budget": 50,
         "full_steps": 50, "steps": 50, "samples": 64, "evaluations_speedup": 1.0, "flops_speedup": 1.0,
-        "time_speedup": None, "time_speedup_range": None, "memory_bytes": 0, "settings": {}, "scores": {"clip": 0.293},
+        "time_speedup": None, "time_speedup_range": None, "memory_bytes": 0, "settings": {},
+        "scores": {"clip_score": 0.293},
     },
     cell("tap", "tap", 34.5, None),
     cell("stronger", "rival", 35.75, (1.25, 0.5, 2.0)),
@@ -148,30 +149,79 @@ def test_every_method_has_a_row_with_its_figures(folder: Path) -> None:
     rows = results(page, 8)
     assert list(rows) == ["full", "stronger", "tap", "alike", "weaker", ODD]  # the full model, then by PSNR
     assert rows["stronger"][1] == {
-        "method": "stronger", "family": "rival", "schedule": "even", "full steps": "8", "evaluationsfewer, ×": "6.25×",
-        "FLOPsfewer, ×": "6.01×", "timefaster, × [range]": "5.43× [5.31, 5.56]",
-        "PSNRdB [95 %]": "35.75 [35.25, 36.25]",
-        "to TAPdB [95 %]": "+1.25 [+0.50, +2.00]", "by PSNR": "▲ better", "SSIM": "0.9123", "latent error": "0.0456",
-        "clipno reference": "0.281", "memoryextra": "1.5 MB",
+        "method": "stronger", "PSNRdB": "35.75", "to TAPdB [95 %]": "▲ +1.25 [+0.50, +2.00]", "timefaster, ×": "5.43×",
+        "FLOPsfewer, ×": "6.01×", "full steps": "8", "schedule": "even", "SSIM": "0.9123", "latent error": "0.0456",
+        "clip scoreno reference": "0.281", "memoryextra": "1.5 MB",
     }  # fmt: skip
-    assert rows["alike"][1]["timefaster, × [range]"] == "–"
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert '<span title="[35.25, 36.25]">35.75</span>' in text
+    assert '<span title="5.31 to 5.56">5.43×</span>' in text
+    assert rows["alike"][1]["timefaster, ×"] == "–"
     assert rows["alike"][1]["full steps"] == "8.6"
-    assert rows["full"][1]["clipno reference"] == "0.293"
-    assert rows[ODD][1]["clipno reference"] == "–"
+    assert rows["full"][1]["clip scoreno reference"] == "0.293"
+    assert rows[ODD][1]["clip scoreno reference"] == "–"
     assert list(results(page, 10)) == ["full", "tap", "stronger"]
 
 
 def test_a_method_that_beats_tap_is_marked(folder: Path) -> None:
     page = Page(write_report(folder).read_text(encoding="utf-8"))
-    marks = {name: (kind, cells["by PSNR"]) for name, (kind, cells) in results(page, 8).items()}
+    marks = {name: (kind, cells["to TAPdB [95 %]"][:1]) for name, (kind, cells) in results(page, 8).items()}
     assert marks == {
-        "full": ("full", ""), "stronger": ("better", "▲ better"), "tap": ("baseline", "baseline"),
-        "alike": ("not-told-apart", "≈ not told apart"), "weaker": ("worse", "▼ worse"), ODD: ("worse", "▼ worse"),
+        "full": ("full", ""), "stronger": ("better", "▲"), "tap": ("baseline", "b"),
+        "alike": ("not-told-apart", "≈"), "weaker": ("worse", "▼"), ODD: ("worse", "▼"),
     }  # fmt: skip
+    assert results(page, 8)["tap"][1]["to TAPdB [95 %]"] == "baseline"
     assert results(page, 10)["stronger"][0] == "worse"
-    short = [texts for heading, _, texts in page.rows if heading == "In short"]
-    assert short[1:] == [["10", "38.00 [37.50, 38.50]", "", "", "1"],
-                         ["8", "34.50 [34.00, 35.00]", "stronger", "alike", "2"]]  # fmt: skip
+
+
+def words(page: str) -> str:
+    """The verdict in words."""
+    found = re.search(r'<section id="verdict"><h2>Verdict</h2><p>(.*?)</p>', page, flags=re.DOTALL)
+    assert found
+    return found[1]
+
+
+def test_the_verdict_comes_first_and_says_who_is_ahead(folder: Path) -> None:
+    text = write_report(folder).read_text(encoding="utf-8")
+    assert re.findall(r'<section id="(\w+)">', text)[:3] == ["verdict", "pictures", "frontier"]
+    assert words(text) == (
+        "TAP is ahead of the best other method at 10 (stronger, by 1.0 dB)."
+        " TAP is behind the best other method at 8 (stronger, by 1.2 dB)."
+    )
+    rows = [texts for heading, _, texts in Page(text).rows if heading == "Verdict"]
+    assert rows[1:] == [["10", "38.0", "stronger", "37.0", "+1.00 [+0.50, +1.50]", "none"],
+                        ["8", "34.5", "stronger", "35.8", "−1.25 [−2.00, −0.50]", "▲ stronger, ≈ alike"]]  # fmt: skip
+
+
+def test_where_the_interval_holds_0_the_verdict_says_that_nothing_can_be_told(folder: Path) -> None:
+    cells = [cell for cell in CELLS if cell["method"] not in ("stronger", ODD)]
+    (folder / "results.json").write_text(json.dumps(cells))
+    text = write_report(folder).read_text(encoding="utf-8")
+    assert words(text) == "TAP and the best other method can't be told apart at 8 (alike, TAP +0.2 dB)."
+
+
+def test_a_better_variant_of_tap_is_named_but_is_no_other_method(folder: Path) -> None:
+    variant = cell("tap-planned", "tap", 40.0, (5.5, 5.0, 6.0))
+    (folder / "results.json").write_text(json.dumps([*CELLS, variant]))
+    text = write_report(folder).read_text(encoding="utf-8")
+    assert words(text).endswith(
+        "TAP is behind the best other method at 8 (stronger, by 1.2 dB)."
+        " Of its own variants tap-planned at 8 did better."
+    )
+    rows = [texts for heading, _, texts in Page(text).rows if heading == "Verdict"]
+    assert rows[2][-1] == "▲ tap-planned, ▲ stronger, ≈ alike"
+
+
+def test_the_tenth_of_the_samples_that_is_worst_stands_beside_the_mean(folder: Path) -> None:
+    cells = [cell | {"psnr_p10_db": cell["psnr_db"] - 9.25} if "psnr_db" in cell else cell for cell in CELLS]
+    (folder / "results.json").write_text(json.dumps(cells))
+    text = write_report(folder).read_text(encoding="utf-8")
+    assert words(text).endswith("A tenth of TAP's samples is below 28.8 dB at 10 and 25.2 dB at 8.")
+    page = Page(text)
+    assert results(page, 8)["stronger"][1]["p10dB"] == "26.50"
+    assert results(page, 8)["full"][1]["PSNRdB"] == "reference"
+    rows = [texts for heading, _, texts in page.rows if heading == "Verdict"]
+    assert rows[2][:4] == ["8", "34.5 (25.2)", "stronger", "35.8 (26.5)"]
 
 
 @pytest.mark.parametrize(
@@ -218,11 +268,12 @@ def test_tuning_shows_what_was_tried(folder: Path) -> None:
 def test_pictures_are_inside_and_small_ones_enlarged(folder: Path) -> None:
     text = write_report(folder).read_text(encoding="utf-8")
     pictures = re.findall(r"<img([^>]*) src=", text)
-    assert pictures == [  # full, then by budget and PSNR; of the others there are none
-        ' class=pixelated alt="" width="960" height="240" loading="lazy"',
+    assert pictures == [  # full, TAP, the best other
         ' class=pixelated alt="" width="960" height="240" loading="lazy"',
         ' alt="" width="2000" height="60" loading="lazy"',
+        ' class=pixelated alt="" width="960" height="240" loading="lazy"',
     ]
+    assert "No picture was kept of alike, weaker, &lt;b&gt;odd&lt;/b&gt;" in text
 
 
 def test_the_frontier() -> None:
@@ -242,6 +293,15 @@ def test_plots_name_the_best_and_follow_the_colour_scheme(folder: Path) -> None:
     assert "alike" not in plots.time_plot(measured, "tap")  # it has no time
 
 
+def test_at_most_eight_curves_have_a_name() -> None:
+    better_and_dearer = [cell(f"m{i}", "rival", 30.0 + i, None, full_steps=5.0 + i) for i in range(12)]
+    svg = plots.evaluations_plot([*CELLS[1:], *better_and_dearer], "tap")
+    texts = set(re.findall(r"<text[^>]*>([^<]*)</text>", svg))
+    named = texts & {found["method"] for found in [*CELLS, *better_and_dearer]}
+    assert len(named) == 8
+    assert {"tap", "weaker", "alike"} <= named  # TAP, and the best solver and peer, though others beat them
+
+
 def test_without_tap_nothing_is_compared(folder: Path) -> None:
     cells = [CELLS[0], *(c | {} for c in CELLS[1:] if c["method"] not in ("tap",))]
     for found in cells:
@@ -250,7 +310,7 @@ def test_without_tap_nothing_is_compared(folder: Path) -> None:
     (folder / "results.json").write_text(json.dumps(cells))
     text = write_report(folder).read_text(encoding="utf-8")
     assert "The method tap was not run" in text
-    assert "by PSNR" not in results(Page(text), 8)["stronger"][1]
+    assert "to TAPdB [95 %]" not in results(Page(text), 8)["stronger"][1]
 
 
 @pytest.mark.parametrize(("samples", "warned"), [(8, True), (64, False)])
@@ -258,7 +318,7 @@ def test_few_samples_are_named(folder: Path, samples: int, warned: bool) -> None
     (folder / "results.json").write_text(json.dumps([{**found, "samples": samples} for found in CELLS]))
     text = write_report(folder).read_text(encoding="utf-8")
     assert ("With so few samples they are too narrow." in text) == warned
-    assert "of 5, about 0.2 would" in text  # 5 % of the comparisons to TAP, 0.25
+    assert "Of 5, about 0.2 would" in text  # 5 % of the comparisons to TAP, 0.25
 
 
 def test_times_are_told_where_they_were_taken(folder: Path) -> None:
@@ -292,8 +352,8 @@ def test_a_page_is_renewed_in_what_tells_times_alone(folder: Path) -> None:
     cells = [cell | {"time_speedup": 4.44, "time_speedup_range": [4.4, 4.5]} for cell in CELLS]
     (folder / "results.json").write_text(json.dumps(cells))
     renewed = renew_report(folder).read_text(encoding="utf-8")
-    assert results(Page(renewed), 8)["tap"][1]["timefaster, × [range]"] == "4.44× [4.40, 4.50]"
-    for start, end in (("<header>", "</header>"), ('<section id="tuning">', "</main>")):
+    assert results(Page(renewed), 8)["tap"][1]["timefaster, ×"] == "4.44×"
+    for start, end in (("<header>", '<section id="frontier">'), ('<section id="tuning">', "</main>")):
         assert renewed[renewed.index(start) : renewed.index(end)] == page[page.index(start) : page.index(end)]
 
 
@@ -317,10 +377,10 @@ def test_summary() -> None:
     assert isinstance(console.file, io.StringIO)
     lines = [[part.strip() for part in line.split("│")[1:-1]] for line in console.file.getvalue().splitlines()]
     assert [str(table.title) for table in tables] == ["10 full evaluations", "8 full evaluations"]
-    assert ["stronger", "even", "8", "5.43×", "35.75", "+1.25 [+0.50, +2.00] ▲"] in lines
-    assert ["alike", "even", "8.6", "–", "34.25", "−0.25 [−0.75, +0.25] ≈"] in lines
-    assert ["tap", "even", "10", "5.43×", "38.00", "baseline"] in lines
-    assert [ODD, "even", "8", "5.43×", "30.00", "−4.50 [−5.00, −4.00] ▼"] in lines
+    assert ["stronger", "even", "8", "5.43×", "35.75", "–", "+1.25 [+0.50, +2.00] ▲"] in lines
+    assert ["alike", "even", "8.6", "–", "34.25", "–", "−0.25 [−0.75, +0.25] ≈"] in lines
+    assert ["tap", "even", "10", "5.43×", "38.00", "–", "baseline"] in lines
+    assert [ODD, "even", "8", "5.43×", "30.00", "–", "−4.50 [−5.00, −4.00] ▼"] in lines
 
 
 # ---------------------------------------------------------------------------------------------------------- the command

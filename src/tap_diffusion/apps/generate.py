@@ -20,7 +20,7 @@ from torch import Tensor
 from tap_diffusion import __version__
 from tap_diffusion.apps import media, pipelines
 from tap_diffusion.apps.files import FPS
-from tap_diffusion.apps.results import COLUMNS, SIZE, Results
+from tap_diffusion.apps.results import COLUMNS, SHEETS, SIZE, Results
 from tap_diffusion.apps.sheets import choices_sheet
 from tap_diffusion.core.config import TAPConfig
 from tap_diffusion.core.errors import ConfigError, UsageError
@@ -326,7 +326,7 @@ def generate(
 
     if compare:
         results.compare()
-    for name in ("compare.png", "choices.png", "report.json"):
+    for name in (*SHEETS, "report.json"):
         if (out / name).exists():
             note(name)
     return results.report | {"found": found}

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from tap_diffusion.apps import media
@@ -22,6 +23,7 @@ from tap_diffusion.core.errors import UsageError
 COLUMNS = 8  # of compare.png
 SHEET = 64  # pictures or videos on it, at most
 SIZE = 160  # pixels there of a picture's side, at least
+SHEETS = ("compare.png", "compare.gif", "choices.png")
 
 
 class Results:
@@ -75,7 +77,7 @@ class Results:
     def _delete(self, before: dict[str, Any]) -> None:
         for name in [name for names in before["files"] for name in names]:
             (self.out / name).unlink(missing_ok=True)
-        for name in ("compare.png", "choices.png", "report.json"):
+        for name in (*SHEETS, "report.json"):
             (self.out / name).unlink(missing_ok=True)
 
     @property
@@ -121,22 +123,32 @@ class Results:
         write_json(self._file, self.report)
 
     def compare(self) -> None:
-        """Write ``compare.png``: full results over TAP's, a column for each picture, or for some frames of a video."""
+        """Write ``compare.png``: full results over TAP's, and their seconds. Each picture has a column; of videos some
+        frames are shown, and ``compare.gif`` plays the first few."""
         prompts, shown = self.report["prompts"], range(min(self.done, SHEET))
         samples = [[media.decoded(self.out / name) for name in self.report["files"][i]] for i in shown]
         scale = max(1, SIZE // samples[0][0].shape[-1])
+        seconds = self.report["seconds"]
+        labels = [f"{title}\n{median(seconds[kind]):.3g} s" for kind, title in (("full", "full"), ("tap", "TAP"))]
+        batches = [shown[i : i + COLUMNS] for i in range(0, len(shown), COLUMNS)]
+
+        def side_by_side(batch: range, frame: Any = ...) -> Image.Image:
+            rows = [
+                torch.stack([sample[frame] for sample in row])
+                for row in zip(*samples[batch.start : batch.stop], strict=True)
+            ]
+            return sheet(rows, labels, [prompts[i] for i in batch], scale)
+
         if samples[0][0].ndim == 4:
             rows = [[video[_evenly(len(video))] for video in samples[i]] for i in shown]
-            parts = [sheet(rows[i], ("full", "TAP"), [prompts[i]], scale) for i in shown]
+            parts = [sheet(rows[i], labels, [prompts[i]], scale) for i in shown]
+            frames = [side_by_side(shown[: COLUMNS // 2], frame) for frame in range(len(samples[0][0]))]
+            frames[0].save(
+                self.out / "compare.gif", save_all=True, append_images=frames[1:], loop=0,
+                duration=1000 // self.report.get("fps", FPS),
+            )  # fmt: skip
         else:
-            batches = [shown[i : i + COLUMNS] for i in range(0, len(shown), COLUMNS)]
-            parts = [
-                sheet(
-                    [torch.stack(row) for row in zip(*(samples[i] for i in batch), strict=True)],
-                    ("full", "TAP"), [prompts[i] for i in batch], scale,
-                )
-                for batch in batches
-            ]  # fmt: skip
+            parts = [side_by_side(batch) for batch in batches]
         stack(parts).save(self.out / "compare.png")
 
 

@@ -35,14 +35,16 @@ def sheet(
     each = len(titles) > columns
     wrapped = ["\n".join(textwrap.wrap(title, max(4, width // 8))) for title in titles]
     head = max((_LINE * (title.count("\n") + 1) + _GAP for title in wrapped), default=0)
-    left = max((int(_FONT.getlength(label)) + 2 * _GAP for label in labels), default=0)
+    lines = [line for label in labels for line in label.splitlines()]
+    left = max((int(_FONT.getlength(line)) + 2 * _GAP for line in lines), default=0)
     size = (left + columns * (width + _GAP), len(rows) * (height + _GAP) + head * (len(rows) if each else 1))
     page = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(page)
     for r, row in enumerate(rows):
         top = r * (height + _GAP) + head * (r + 1 if each else 1)
         if labels:
-            draw.text((_GAP, top + height // 2 - 8), labels[r], fill="black", font=_FONT)
+            up = _LINE * (labels[r].count("\n") + 1) // 2
+            draw.multiline_text((_GAP, top + height // 2 - up), labels[r], fill="black", font=_FONT)
         for c, picture in enumerate(row):
             x = left + c * (width + _GAP)
             if titles and (each or r == 0) and r * columns + c < len(titles):
