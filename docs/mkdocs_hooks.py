@@ -119,7 +119,7 @@ def filled(markdown: str) -> str:
         text = section(ROOT / match[1], match[2])
         if f"# {match[2]}\n" in markdown:  # the page's own title says it
             text = text.partition("\n")[2]
-        return relinked(text, ROOT, "index.md")
+        return relinked(text, (ROOT / match[1]).parent, "index.md")
 
     markdown = re.sub(r"<!-- include (\S+?)(?:: (.+))? -->", include, markdown)
     made: dict[str, Callable[[], str]] = {"bench: budgets": lambda: per_model(budgets), "weights": weights, "gpu": gpu}
@@ -246,10 +246,9 @@ def budgets(cells: list[Cell]) -> str:
         solver = _best([cell for cell in at if cell["family"] == "solver"])
         other = _best([cell for cell in at if cell["family"] in ("rival", "peer")])
         low, high = ours["psnr_ci"]
-        ratios = [f"{ours['full_steps']:g}", f"{ours['evaluations_speedup']:.2f}x", _times(ours)]
-        quality = [f"**{ours['psnr_db']:.1f}**&nbsp;[{low:.1f},&nbsp;{high:.1f}]", f"{ours['ssim']:.3f}"]
-        rows.append([*ratios, *quality, _named(other), _named(solver)])
-    head = ["full steps", "fewer evaluations", "less time", "TAP, dB [95 %]", "SSIM", "best other", "best solver"]
+        quality = f"**{ours['psnr_db']:.1f}** [{low:.1f},&nbsp;{high:.1f}]"
+        rows.append([f"{ours['full_steps']:g}", _times(ours), quality, _named(other), _named(solver)])
+    head = ["full steps", "less time", "TAP, dB [95 %]", "best other", "best solver"]
     svg = evaluations_plot(cells, BASELINE)
     return f'{_table(head, rows)}\n\n<div class="plot">{one_line(svg)}</div>'
 

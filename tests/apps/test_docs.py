@@ -35,6 +35,7 @@ from tap_diffusion.apps import cli
 from tap_diffusion.apps.generate import Request
 from tap_diffusion.core.predictors import FAMILIES
 from tap_diffusion.core.selection import unexplained
+from tap_diffusion_demo import EMOJI
 from tiny import build_pipeline, build_transformer, sample
 from zoo import CASES, build, denoise
 
@@ -58,24 +59,35 @@ def fenced(text: str, language: str) -> Iterator[tuple[int, str]]:
 
 
 class Substitute(FluxPipeline):
-    """Stands in for FLUX.1-dev on a GPU: a tiny one with random weights, kept on the CPU, 32×32 pixels."""
+    """Stands in for FLUX.1-dev on a GPU: the embedded model on the CPU, at its own size."""
 
     def to(self, *_: Any, **__: Any) -> Any:
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return super().__call__(*args, **{"height": 32, "width": 32, "max_sequence_length": 6} | kwargs)
+        return super().__call__(*args, **{"height": 64, "width": 64, "max_sequence_length": 8} | kwargs)
+
+
+@pytest.fixture(scope="module")
+def in_bfloat16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model's folder, saved in bfloat16 as FLUX.1-dev is."""
+    folder = tmp_path_factory.mktemp("flux") / "dev"
+    FluxPipeline.from_pretrained(EMOJI, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if "```python" in text_of(name)])
-def test_python_blocks_run(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One after the other in one namespace, as a reader would run a page."""
+def test_python_blocks_run(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, in_bfloat16: Path) -> None:
+    """One after the other in one namespace, as a reader would run a page. Pipelines are really loaded."""
+    load, load_substitute = FluxPipeline.from_pretrained, Substitute.from_pretrained
     loaded: list[str] = []
 
-    def from_pretrained(source: str, **_: Any) -> Any:
-        loaded.append(source)
-        return build_pipeline(Substitute)
+    def from_pretrained(source: str | Path, **how: Any) -> Any:
+        if source == EMOJI:
+            return load(source, **how)
+        loaded.append(str(source))
+        return load_substitute(in_bfloat16, **how)
 
     monkeypatch.setattr(FluxPipeline, "from_pretrained", from_pretrained)
     for function, value in {"init_process_group": None, "get_rank": 0}.items():  # several GPUs are one CPU here
@@ -92,6 +104,12 @@ def test_python_blocks_run(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path:
         for added in FAMILIES.keys() - families.keys():
             del FAMILIES[added]
     assert set(loaded) <= {"black-forest-labs/FLUX.1-dev"}, "say what else is to be substituted"
+
+
+def test_a_page_that_leaves_out_the_dtype_fails(in_bfloat16: Path) -> None:
+    pipe = Substitute.from_pretrained(in_bfloat16)
+    with pytest.raises(RuntimeError, match="dtype"):
+        pipe("red apple", num_inference_steps=1)
 
 
 def test_a_block_that_fails_is_told_by_page_and_line(tmp_path: Path) -> None:

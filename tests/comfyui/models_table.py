@@ -1,4 +1,4 @@
-"""The table of models in docs/comfyui.md: `.venv-comfyui/bin/python tests/comfyui/models_table.py` writes it there."""
+"""The list of models in docs/comfyui.md: `.venv-comfyui/bin/python tests/comfyui/models_table.py` writes it there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BETWEEN = re.compile(r"(?<=<!-- models -->\n).*?(?=<!-- end of models -->)", re.
 
 
 def table() -> str:
-    """A row for each class of transformer, with the names of ``comfy.supported_models`` that are built as it."""
+    """An item for each class of transformer, with the names of ``comfy.supported_models`` that are built as it."""
     names: dict[str, set[str]] = {}
     refused = dict(REFUSED)
     for name, tiny in MODELS.items():
@@ -27,10 +27,10 @@ def table() -> str:
             accelerate(patcher)
         except UnsupportedModelError as error:
             refused.setdefault(kind, str(error))
-    lines = ["| class | in `comfy.supported_models` | |", "| --- | --- | --- |"]
+    lines = []
     for kind in sorted(names, key=str.lower):
-        said = f"refused: {refused[kind]}" if kind in refused else "works"
-        lines.append(f"| {kind} | {', '.join(sorted(names[kind], key=str.lower))} | {said} |")
+        said = f". **Refused**: {refused[kind]}" if kind in refused else ""
+        lines.append(f"- `{kind}`: {', '.join(sorted(names[kind], key=str.lower))}{said}")
     return "\n".join(lines) + "\n"
 
 

@@ -8,4 +8,4 @@ from tap_diffusion.integrations.comfyui.specs import SPECS
 def test_the_table_in_the_docs_is_that_of_this_version() -> None:
     (found,) = BETWEEN.findall(PAGE.read_text(encoding="utf-8"))
     assert found == table(), "run .venv-comfyui/bin/python tests/comfyui/models_table.py"
-    assert [name for name in SPECS if f"| {name} |" not in found] == []
+    assert [name for name in SPECS if f"- `{name}`: " not in found] == []

@@ -13,14 +13,13 @@ from rich.console import Console
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+import popular_models
 import tap_diffusion as tap
 from tap_diffusion.apps import cli
 from tap_diffusion.apps.cli import app
 from tap_diffusion.integrations.diffusers import catalog
 from tap_diffusion.integrations.diffusers.versions import VERSION
 from tap_diffusion.integrations.specs import REFUSED, SPECS
-
-DOCS = Path(__file__).parents[2] / "docs"
 
 
 class TestCatalog:
@@ -55,8 +54,22 @@ class TestCatalog:
 
     @pytest.mark.skipif(bool(catalog.absent()), reason="the page is of a newer diffusers")
     def test_the_page_is_up_to_date(self) -> None:
-        page = (DOCS / "models.md").read_text(encoding="utf-8")
-        assert page == catalog.as_markdown(catalog.catalog()), "run: tap models --markdown > docs/models.md"
+        page = popular_models.PAGE.read_text(encoding="utf-8")
+        assert page == popular_models.filled(page), "run: python docs/popular_models.py"
+
+    @pytest.mark.skipif(bool(catalog.absent()), reason="the page is of a newer diffusers")
+    def test_popular_pipelines_are_accelerated_and_their_ids_are_those_of_diffusers(self) -> None:
+        entries = [entry for entry in catalog.catalog() if entry.status == "works"]
+        pipelines = {name for entry in entries for name in entry.pipelines}
+        files = Path(diffusers.__file__).parent.rglob("*.py")
+        source = "\n".join(file.read_text(encoding="utf-8") for file in files)
+        tests = "\n".join(file.read_text(encoding="utf-8") for file in Path(__file__).parent.glob("test_*.py"))
+        rows = [row for rows in popular_models.POPULAR.values() for row in rows]
+        assert {row.pipeline for row in rows} <= pipelines
+        assert {row.hub_id for row in rows if row.hub_id not in source} == {  # which its docstrings leave out
+            "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+        }  # fmt: skip
+        assert {name for name in popular_models.RANDOM if name not in tests} == set()
 
 
 def test_no_class_is_both_supported_and_refused() -> None:

@@ -136,6 +136,31 @@ def test_int8_weights(name: str) -> None:
     quantization = pytest.importorskip("torchao.quantization")
     model = build(name)
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    check_quantized(name, model)
+
+
+@FAMILIES
+def test_int8_weights_of_a_gguf_file(name: str, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    model = build(name)
+    model.save_config(tmp_path)
+    file = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(file, "tiny")
+    kinds = gguf.GGMLQuantizationType
+    for key, weight in model.state_dict().items():
+        kind = kinds.Q8_0 if weight.ndim == 2 and weight.shape[1] % 32 == 0 else kinds.F32
+        writer.add_tensor(key, gguf.quants.quantize(weight.numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    how = diffusers.GGUFQuantizationConfig(compute_dtype=torch.float32)
+    quantized = type(model).from_single_file(str(file), config=str(tmp_path), quantization_config=how)
+    assert any(type(module).__name__ == "GGUFLinear" for module in quantized.modules())
+    check_quantized(name, quantized.eval())
+
+
+def check_quantized(name: str, model: Any) -> None:
     plain = denoise(model, CASES[name])[0]
     with tap.enabled(model, CONFIG):
         first = denoise(model, CASES[name])[0]
@@ -413,6 +438,19 @@ class TestWan22:
         with tap.enabled(pipe, tap.TAPConfig(full_steps=8, orders=(1,))):
             self.sample(pipe, num_inference_steps=steps)
             assert (tap.report(pipe).steps, tap.report(pipe).full_steps) == (steps, 8)
+
+    def test_a_timestep_for_each_token(self, pipe: Any) -> None:
+        """As the 5B model has it, whose one transformer is told the time token by token."""
+        parts = pipe.components | {"transformer_2": None}
+        pipe = diffusers.WanPipeline(**parts, expand_timesteps=True)
+        pipe.set_progress_bar_config(disable=True)
+        plain = self.sample(pipe)
+        with tap.enabled(pipe, tap.TAPConfig(full_steps=8)):
+            first = self.sample(pipe)
+            assert tap.report(pipe).full_steps == 8
+            assert torch.equal(self.sample(pipe), first)
+        assert 0 < (first - plain).norm() / plain.norm() < 0.1
+        assert torch.equal(self.sample(pipe), plain)
 
 
 class TestSchedulersAndGuidance:

@@ -90,22 +90,14 @@ def _annotations(module: ast.Module) -> Iterator[tuple[str, ast.expr]]:
 
 
 def as_markdown(entries: list[Entry]) -> str:
-    """The page docs/models.md."""
+    """The lists of docs/models.md by class: what works, and what doesn't."""
     works = [entry for entry in entries if entry.status == "works"]
     others = [entry for entry in entries if entry.status != "works"]
     lines = [
-        "# Models",
+        *(f"- `{e.name}`: {', '.join(e.families) or 'no pipeline'}{e.note and f'. {e.note}'}" for e in works),
         "",
-        f"Made by `tap models --markdown`. {len(works)} transformer classes of diffusers work, each backed by the",
-        "conformance suite (`tests/integrations/test_conformance.py`); the rest raise `UnsupportedModelError` with the"
-        " reason.",
+        "Not accelerated:",
         "",
-        "| class | pipelines | probe | stream | to know |",
-        "| --- | --- | --- | --- | --- |",
-        *(f"| {e.name} | {', '.join(e.families)} | {e.probe} | `{e.stream}` | {e.note} |" for e in works),
-        "",
-        "| not accelerated | reason |",
-        "| --- | --- |",
-        *(f"| {entry.name} | {entry.note or 'not known'} |" for entry in others),
+        *(f"- `{entry.name}`: {entry.note or 'not known'}" for entry in others),
     ]
     return "\n".join(lines) + "\n"
