@@ -95,7 +95,8 @@ def losses_and_errors(products: Tensor, gram: Tensor, coefficients: Tensor, loss
     rows = _rows_of_products(tuple(map(tuple, coefficients.tolist()))).to(products, non_blocking=True)
     products = torch.cat([products, gram.flatten(2)], dim=-1)
     count, tokens = len(coefficients), products.shape[:2]
-    values = (rows @ products.flatten(0, 1).T).view(-1, *tokens)
+    with torch.autocast(products.device.type, enabled=False):  # which would round them to half precision
+        values = (rows @ products.flatten(0, 1).T).view(-1, *tokens)
     error, gain = values[:count].clamp_min(0), values[count : 2 * count]
     if loss == "l2":
         return error, error

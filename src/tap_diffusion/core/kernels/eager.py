@@ -52,7 +52,7 @@ def combine(
             predicted = selection.combine(past, coefficients[0].tolist())
         else:
             predicted = selection.combine_chosen(past[:-1], coefficients, past[-1])
-        torch.add(x, predicted, out=part)
+        part.copy_(x + predicted)
         finite.append(selection.all_finite(part))
     if mend:
         result = torch.where(result.isfinite(), result, (hidden_states + residuals[0]).to(result.dtype))
@@ -73,4 +73,5 @@ def _in_chunks(*tensors: Tensor) -> Iterator[Sequence[Tensor]]:
     size = max(1, CHUNK * torch.get_num_threads() // (batch * width))
     if size >= tokens or tensors[0].device.type != "cpu":
         return iter([tensors])
-    return zip(*(tensor.split(size, dim=1) for tensor in tensors), strict=True)
+    # Slices, since autograd lets no part of a split be written into.
+    return ([tensor[:, first : first + size] for tensor in tensors] for first in range(0, tokens, size))
