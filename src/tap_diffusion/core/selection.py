@@ -73,9 +73,9 @@ def proxy_losses_onepass(
 
 
 def inner_products(probe: Tensor, differences: Sequence[Tensor]) -> Tensor:
-    """‖d‖² and g_i = ⟨d, D_i⟩ of d = h - D_0, one behind the other: (B, N, 1 + H)."""
+    """‖d‖² and g_i = ⟨d, D_i⟩ of d = h - D_0, one after the other: (1 + H, B, N)."""
     d = _wide(probe) - differences[0]
-    return torch.stack([(d * other).sum(-1) for other in (d, *differences)], dim=-1)
+    return torch.stack([(d * other).sum(-1) for other in (d, *differences)])
 
 
 def losses_and_errors(products: Tensor, gram: Tensor, coefficients: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
@@ -83,7 +83,7 @@ def losses_and_errors(products: Tensor, gram: Tensor, coefficients: Tensor, loss
 
     With c' = c - (1, 0, …), the error is e = Σ c'_i D_i - d, hence ‖e‖² = ‖d‖² - 2 c'·g + c'ᵀGc'. Cosine distance
     follows without cancellation from 1 - cos = (‖e‖² - (‖ĥ‖ - ‖h‖)²) / (2 ‖ĥ‖ ‖h‖), where ‖ĥ‖ - ‖h‖ is
-    (‖ĥ‖² - ‖h‖²) / (‖ĥ‖ + ‖h‖). All that is squared is linear in the inner products, so one matrix product gives it.
+    (‖ĥ‖² - ‖h‖²) / (‖ĥ‖ + ‖h‖). All that is squared is linear in the inner products, so one weighted sum gives it.
 
     Args:
         products: from :func:`inner_products`.
@@ -93,10 +93,10 @@ def losses_and_errors(products: Tensor, gram: Tensor, coefficients: Tensor, loss
     if loss == "l1":
         raise ValueError("the L1 loss does not follow from inner products; use proxy_losses")
     rows = _rows_of_products(tuple(map(tuple, coefficients.tolist()))).to(products, non_blocking=True)
-    products = torch.cat([products, gram.flatten(2)], dim=-1)
-    count, tokens = len(coefficients), products.shape[:2]
-    with torch.autocast(products.device.type, enabled=False):  # which would round them to half precision
-        values = (rows @ products.flatten(0, 1).T).view(-1, *tokens)
+    products = torch.cat([products, gram.flatten(2).movedim(-1, 0)])  # (1 + H + H², B, N)
+    # No product of matrices: it may round equal rows differently, and users may have it done in fewer bits.
+    values = (rows[:, :, None, None] * products).sum(1)
+    count = len(coefficients)
     error, gain = values[:count].clamp_min(0), values[count : 2 * count]
     if loss == "l2":
         return error, error

@@ -36,9 +36,9 @@ def proxy_losses(
         squared = selection.proxy_losses(probe, differences, coefficients, "l2")
         return losses, squared.amin(0), ~selection.all_finite(probe)
     parts = [selection.inner_products(h, past) for h, *past in _in_chunks(probe, *differences)]
-    products = torch.cat(parts, dim=1)
+    products = torch.cat(parts, dim=2)
     losses, squared = selection.losses_and_errors(products, gram, coefficients, loss)
-    return losses, squared.amin(0), ~selection.all_finite(products[..., 0])
+    return losses, squared.amin(0), ~selection.all_finite(products[0])
 
 
 def combine(
