@@ -72,7 +72,7 @@ def reference(
 ) -> Any:
     """The operation as the reference has it, over whole tensors, one after the other."""
     products = selection.inner_products(probe, differences)
-    losses, squared = selection.losses_and_errors(*products, gram, coefficients, "cosine")
+    losses, squared = selection.losses_and_errors(products, gram, coefficients, "cosine")
     choice = selection.choose(losses, "token")
     predicted = selection.combine_chosen(residuals, coefficients, choice)
     result = (hidden_states + predicted).to(hidden_states.dtype)

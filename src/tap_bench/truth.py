@@ -82,15 +82,15 @@ def looking_ahead(hook: TAPHook, found: Callable[[Tensor, str], None]) -> Iterat
     changed: Any = hook
     predict = hook._predict
 
-    def ahead(depth: Any, calls: Any, forward: Any) -> Any:
+    def ahead(depth: Any, calls: Any, forward: Any, probes: Any) -> Any:
         engine = hook.engine
         hook.engine = _Onlooker(engine.config, found)
         try:
             with torch.random.fork_rng():
-                hook._run_in_full(depth, calls, forward)
+                hook._run_in_full(depth, calls, forward, {})
         finally:
             hook.engine = engine
-        return predict(depth, calls, forward)
+        return predict(depth, calls, forward, probes)
 
     changed._predict = ahead
     try:

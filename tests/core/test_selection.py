@@ -110,6 +110,16 @@ def test_one_pass_keeps_precision_where_changes_are_small(loss: Loss) -> None:
 
 
 @pytest.mark.parametrize("loss", ONEPASS)
+def test_autocast_rounds_nothing(loss: Loss) -> None:
+    anchors, differences, h = scene(11)
+    coefficients, weights = coefficients_and_weights()
+    single = [d.float() for d in differences]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = proxy_losses_onepass(h.float(), single, gram_matrix(single), coefficients, loss)
+    torch.testing.assert_close(actual.double(), brute_force(anchors, weights, h, loss), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ONEPASS)
 @pytest.mark.parametrize("form", ["reference", "one pass"])
 def test_vanishing_features_give_no_nan(loss: Loss, form: str) -> None:
     differences = [torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)]

@@ -14,8 +14,9 @@ import tap_diffusion as tap
 from tap_diffusion import ConfigError, TAPConfig
 from tap_diffusion.core.doubts import Fallback
 from tap_diffusion.core.engine import Engine
+from tap_diffusion.integrations.depth import Depth
 from tap_diffusion.integrations.diffusers.schedulers import timeline
-from tap_diffusion.integrations.passes import LARGEST_MOVE, _moved
+from tap_diffusion.integrations.passes import LARGEST_MOVE, Passes, _moved
 from tiny import build_pipeline, count_calls, engine_of, sample
 from zoo import CASES, build, denoise
 
@@ -71,6 +72,27 @@ def test_looking_back_is_neither_a_step_nor_a_choice(pipe: Any) -> None:
         assert [choice.step for choice in report.choices] == chosen
         assert engine_of(pipe.transformer).cache_bytes == 0
         assert torch.equal(sample(pipe, steps=STEPS), first)
+
+
+def test_the_probe_runs_once_at_each_step(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full step takes that of its prediction, which is the one it would find by itself."""
+    attention_input, run_in_full = Depth.attention_input, Passes._run_in_full
+    probes: list[Tensor] = []
+
+    def counted(self: Depth, arguments: dict[str, Any]) -> Tensor:
+        probes.append(attention_input(self, arguments))
+        return probes[-1]
+
+    def by_itself(self: Passes, depth: Depth, calls: Any, forward: Any, _: Any) -> Any:
+        return run_in_full(self, depth, calls, forward, {})
+
+    monkeypatch.setattr(Depth, "attention_input", counted)
+    with tap.enabled(pipe, TAPConfig(full_steps=5)):
+        shared = sample(pipe, steps=STEPS)
+        assert len(probes) == STEPS
+        monkeypatch.setattr(Passes, "_run_in_full", by_itself)
+        assert torch.equal(sample(pipe, steps=STEPS), shared)
+        assert len(probes) > 2 * STEPS
 
 
 def test_what_can_t_be_foreseen_is_not_moved(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,7 +84,7 @@ class History:
         difference = newest.detach().to(precision)
         new = [newest.detach().to(dtype)]
         for last in old[: self.capacity - 1]:
-            difference = (difference - last) / span
+            difference = (difference - last).div_(span)
             new.append(difference.to(dtype))
         return new
 

@@ -160,7 +160,8 @@ class Engine:
             self.report.choices += self._pending
             self._pending.clear()
         self._may_have_ended = call.is_last_step is None
-        self.report.cache_bytes = max(self.report.cache_bytes, self.cache_bytes)
+        if any(was_full for _, was_full, _ in branch.calls[-2:]):  # the first prediction adds to an anchor, none later
+            self.report.cache_bytes = max(self.report.cache_bytes, self.cache_bytes)
         branch.last_step = call.step
         if call.is_last_step:
             branch.end()

@@ -7,7 +7,9 @@ predicts F̂_k = Σ_i c_ki D_i. All functions are pure; low-precision inputs are
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache, reduce
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,48 +69,69 @@ def proxy_losses_onepass(
     Returns:
         (K, B, N), float32 or better.
     """
-    return losses_of_products(*inner_products(probe, differences), gram, coefficients, loss)
+    return losses_and_errors(inner_products(probe, differences), gram, coefficients, loss)[0]
 
 
-def inner_products(probe: Tensor, differences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """‖d‖² (B, N) and g_i = ⟨d, D_i⟩ (B, N, H) of d = h - D_0."""
+def inner_products(probe: Tensor, differences: Sequence[Tensor]) -> Tensor:
+    """‖d‖² and g_i = ⟨d, D_i⟩ of d = h - D_0, one after the other: (1 + H, B, N)."""
     d = _wide(probe) - differences[0]
-    return (d * d).sum(-1), torch.stack([(d * difference).sum(-1) for difference in differences], dim=-1)
+    return torch.stack([(d * other).sum(-1) for other in (d, *differences)])
 
 
-def losses_of_products(d_squared: Tensor, g: Tensor, gram: Tensor, coefficients: Tensor, loss: Loss) -> Tensor:
-    """Proxy losses (K, B, N) from :func:`inner_products` and :func:`gram_matrix`."""
-    return losses_and_errors(d_squared, g, gram, coefficients, loss)[0]
-
-
-def losses_and_errors(
-    d_squared: Tensor, g: Tensor, gram: Tensor, coefficients: Tensor, loss: Loss
-) -> tuple[Tensor, Tensor]:
+def losses_and_errors(products: Tensor, gram: Tensor, coefficients: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
     """Proxy losses (K, B, N), and ‖e‖², the squared errors that they are made of.
 
     With c' = c - (1, 0, …), the error is e = Σ c'_i D_i - d, hence ‖e‖² = ‖d‖² - 2 c'·g + c'ᵀGc'. Cosine distance
-    follows without cancellation from 1 - cos = (‖e‖² - (‖ĥ‖ - ‖h‖)²) / (2 ‖ĥ‖ ‖h‖), where
-    ‖ĥ‖² - ‖h‖² = ‖e‖² + 2⟨h, e⟩.
+    follows without cancellation from 1 - cos = (‖e‖² - (‖ĥ‖ - ‖h‖)²) / (2 ‖ĥ‖ ‖h‖), where ‖ĥ‖ - ‖h‖ is
+    (‖ĥ‖² - ‖h‖²) / (‖ĥ‖ + ‖h‖). All that is squared is linear in the inner products, so one weighted sum gives it.
+
+    Args:
+        products: from :func:`inner_products`.
+        gram: from :func:`gram_matrix`.
+        coefficients, loss: as for :func:`proxy_losses_onepass`.
     """
     if loss == "l1":
         raise ValueError("the L1 loss does not follow from inner products; use proxy_losses")
-    c = torch.cat([coefficients[:, :1] - 1, coefficients[:, 1:]], dim=1).to(gram, non_blocking=True)
-    pairs = (c.unsqueeze(2) * c.unsqueeze(1)).flatten(1)
-    quadratic = torch.einsum("kp,bnp->kbn", pairs, gram.flatten(2))
-    error = (d_squared - 2 * torch.einsum("kh,bnh->kbn", c, g) + quadratic).clamp_min(0)
+    rows = _rows_of_products(tuple(map(tuple, coefficients.tolist()))).to(products, non_blocking=True)
+    products = torch.cat([products, gram.flatten(2).movedim(-1, 0)])  # (1 + H + H², B, N)
+    # No product of matrices: it may round equal rows differently, and users may have it done in fewer bits.
+    values = (rows[:, :, None, None] * products).sum(1)
+    count = len(coefficients)
+    error, gain = values[:count].clamp_min(0), values[count : 2 * count]
     if loss == "l2":
         return error, error
-    h_squared = (d_squared + 2 * g[..., 0] + gram[..., 0, 0]).clamp_min(0)
+    squares = values[2 * count :].clamp_min(0)
     if loss == "relative_l2":
-        return error / _positive(h_squared), error
-    h_dot_e = torch.einsum("kh,bnh->kbn", c, g + gram[..., 0, :]) - (d_squared + g[..., 0])
-    gain = error + 2 * h_dot_e  # ‖ĥ‖² - ‖h‖²
-    h_norm = h_squared.sqrt()
-    predicted_norm = (h_squared + gain).clamp_min(0).sqrt()
+        return error / _positive(squares[-1]), error
+    norms = squares.sqrt()
+    predicted_norm, h_norm = norms[:-1], norms[-1]
     shortfall = gain / _positive(predicted_norm + h_norm)
     product = predicted_norm * h_norm
-    distance = (error - shortfall.square()) / _positive(2 * product)
+    distance = torch.addcmul(error, shortfall, shortfall, value=-1) / _positive(2 * product)
     return torch.where(product > 0, distance, 1.0), error
+
+
+@lru_cache(maxsize=1024)
+def _rows_of_products(coefficients: tuple[tuple[float, ...], ...]) -> Tensor:
+    """What ‖d‖², g and G contribute to ‖e‖², ‖ĥ‖² - ‖h‖² and ‖ĥ‖² of each candidate, and last to ‖h‖².
+
+    ‖ĥ‖² - ‖h‖² = c'ᵀGc' + 2 c'·G_0 - ‖d‖² - 2 g_0 has no large terms to cancel where changes are small.
+
+    Returns:
+        (3K + 1, 1 + H + H²), float64 on the CPU.
+    """
+    c = np.array(coefficients)
+    c[:, 0] -= 1
+    count, size = c.shape
+    rows = np.zeros((3 * count + 1, 1 + size + size**2))
+    error, gain, predicted, h = rows[:count], rows[count : 2 * count], rows[2 * count : -1], rows[-1]
+    error[:, 0], error[:, 1 : 1 + size] = 1, -2 * c
+    error[:, 1 + size :] = (c[:, :, None] * c[:, None]).reshape(count, -1)
+    h[[0, 1, 1 + size]] = 1, 2, 1  # ‖d‖² + 2 g_0 + G_00
+    gain[:, 0], gain[:, 1], gain[:, 1 + size :] = -1, -2, error[:, 1 + size :]
+    gain[:, 1 + size : 1 + 2 * size] += 2 * c
+    predicted[:] = gain + h
+    return torch.from_numpy(rows)
 
 
 def mean_and_spread(anchor: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,9 +199,9 @@ def combine(differences: Sequence[Tensor], coefficients: Sequence[float | Tensor
     result = _wide(differences[0]) * coefficients[0]
     for difference, coefficient in zip(differences[1:], coefficients[1:], strict=True):
         if isinstance(coefficient, Tensor):
-            result = torch.addcmul(result, _wide(difference), coefficient)
+            result.addcmul_(_wide(difference), coefficient)
         else:
-            result = torch.add(result, difference, alpha=coefficient)
+            result.add_(difference, alpha=coefficient)
     return result
 
 
@@ -194,14 +217,15 @@ def combine_chosen(differences: Sequence[Tensor], coefficients: Tensor, choice: 
         (B, N, D), float32 or better.
     """
     wide = torch.promote_types(differences[0].dtype, torch.float32)
-    rows = coefficients.to(choice.device, wide, non_blocking=True)[choice]  # (B, N, H)
-    return combine(differences, [row.unsqueeze(-1) for row in rows.unbind(-1)])
+    columns = coefficients.T.to(choice.device, wide, non_blocking=True)[:, choice]  # (H, B, N)
+    return combine(differences, columns.unsqueeze(-1).unbind())
 
 
 def all_finite(*tensors: Tensor) -> Tensor:
     """Whether all values of all tensors are finite: a bool tensor without dimensions, where the tensors are."""
-    # The extremes, which are NaN where a value is, take one read; isfinite takes several passes over the tensor.
-    return torch.stack([torch.stack(tensor.aminmax()).isfinite().all() for tensor in tensors]).all()
+    # A sum takes one read, where isfinite takes several passes. One that overflows is of values that nobody can use.
+    sums = (tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors)
+    return reduce(torch.add, sums).isfinite()
 
 
 def _wide(tensor: Tensor) -> Tensor:

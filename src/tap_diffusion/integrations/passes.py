@@ -62,7 +62,7 @@ class Passes:
         full = any([self.engine.begin(call) for call in calls])  # a list, since all begin
         output = None
         if not full:
-            output, reason = self._predict(depth, calls, forward)
+            output, reason = self._predict(depth, calls, forward, {})
             if reason is not None:
                 for call in calls:
                     self.engine.fall_back(call, reason)
@@ -79,13 +79,18 @@ class Passes:
         """Run the model in full, and make up for errors of the predicted steps before, which can be seen now."""
         shares = [self.engine.hindsight(call) for call in calls]
         if not all(shares):
-            return self._run_in_full(depth, calls, forward)
-        predicted, reason = self._predict(depth, calls, forward)
-        output = self._run_in_full(depth, calls, forward)
+            return self._run_in_full(depth, calls, forward, {})
+        probes: Streams = {}  # the same in both
+        predicted, reason = self._predict(depth, calls, forward, probes)
+        output = self._run_in_full(depth, calls, forward, probes)
         return output if reason is not None else _moved(output, predicted, shares)
 
-    def _run_in_full(self, depth: Depth, calls: Sequence[Call], forward: Forward) -> Any:
-        """Run the model's own forward and record probe features and residuals."""
+    def _run_in_full(self, depth: Depth, calls: Sequence[Call], forward: Forward, probes: Streams) -> Any:
+        """Run the model's own forward and record probe features and residuals.
+
+        Args:
+            probes: the features, where they are known already.
+        """
         if not self.engine.config.predicts:
             return forward(depth.module, ())
         if self.left_alone is not None:
@@ -95,7 +100,6 @@ class Passes:
             return output
         self.engine.park()
         before: Streams = {}
-        probes: Streams = {}
         is_entered, lost = False, None  # why there is no anchor
 
         @torch.no_grad()
@@ -104,7 +108,7 @@ class Passes:
             is_entered = True
             for name, x in self._streams(depth.split(arguments)).items():
                 before[name] = x.clone()  # some blocks write into their input
-            if self.engine.needs_probe and self._by_modulated_input:
+            if self.engine.needs_probe and self._by_modulated_input and not probes:
                 probes.update(self._modulated_input(depth, arguments))
 
         @torch.no_grad()
@@ -122,8 +126,8 @@ class Passes:
                 lost = "the number of tokens changed between the first block and the last"
                 return
             count = len(calls)
-            befores = self._tokens(x).chunk(count)
-            afters = self._tokens(after.reshape(x.shape)).chunk(count)
+            befores = _parts(self._tokens(x), count)
+            afters = _parts(self._tokens(after.reshape(x.shape)), count)
             # Copies of parts, so that a history which is dropped doesn't live on as a part of another's.
             hs = [h] * count if h is None or count == 1 else [part.clone() for part in h.chunk(count)]
             for call, a, b, probe in zip(calls, befores, afters, hs, strict=True):
@@ -151,8 +155,13 @@ class Passes:
         """Whether this is the probe, and not what the first block adds."""
         return self.spec.probe and self.engine.config.probe == "modulated_input"
 
-    def _predict(self, depth: Depth, calls: Sequence[Call], forward: Forward) -> tuple[Any, str | None]:
+    def _predict(
+        self, depth: Depth, calls: Sequence[Call], forward: Forward, probes: Streams
+    ) -> tuple[Any, str | None]:
         """Run the model's own forward with its depth left out.
+
+        Args:
+            probes: gets the probe features, where they are asked for.
 
         Returns:
             the output, and the reason if it can't be used. The reason does not travel as an exception through the
@@ -163,16 +172,16 @@ class Passes:
         def predict(arguments: dict[str, Any]) -> Streams:
             nonlocal reason
             predicted: Streams = {}
-            probes: Streams = {}
+            probes.clear()
             for name, x in self._streams(depth.split(arguments)).items():
 
-                @torch.no_grad()
                 def probe(i: int, name: str = name) -> Tensor:
                     if not probes:
-                        probes.update(self._probes(depth, arguments))
-                    return probes[name].chunk(len(calls))[i]
+                        with torch.no_grad():
+                            probes.update(self._probes(depth, arguments))
+                    return _parts(probes[name], len(calls))[i]
 
-                parts = self._tokens(x).chunk(len(calls))
+                parts = _parts(self._tokens(x), len(calls))
                 try:
                     after = [
                         self.engine.predict(call, parts[i], partial(probe, i), name) for i, call in enumerate(calls)
@@ -257,5 +266,10 @@ def _shared(milliseconds: Callable[[], float], count: int) -> Callable[[], float
     return milliseconds if count == 1 else lambda: milliseconds() / count
 
 
+def _parts(x: Tensor, count: int) -> Sequence[Tensor]:
+    """Equal parts of a batch."""
+    return [x] if count == 1 else x.chunk(count)
+
+
 def _flat(x: Tensor) -> Tensor:
-    return x.reshape(1 if x.ndim == 2 else x.shape[0], -1, x.shape[-1])
+    return x if x.ndim == 3 else x.reshape(1 if x.ndim == 2 else x.shape[0], -1, x.shape[-1])

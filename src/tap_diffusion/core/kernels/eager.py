@@ -8,6 +8,7 @@ step waiting for seconds (``python -m tap_bench.kernels``).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -34,13 +35,10 @@ def proxy_losses(
         losses = selection.proxy_losses(probe, differences, coefficients, loss)
         squared = selection.proxy_losses(probe, differences, coefficients, "l2")
         return losses, squared.amin(0), ~selection.all_finite(probe)
-    products = [
-        selection.inner_products(probe[:, tokens], [difference[:, tokens] for difference in differences])
-        for tokens in _chunks(probe)
-    ]
-    d_squared, g = (torch.cat(parts, dim=1) for parts in zip(*products, strict=True))
-    losses, squared = selection.losses_and_errors(d_squared, g, gram, coefficients, loss)
-    return losses, squared.amin(0), ~selection.all_finite(d_squared)
+    parts = [selection.inner_products(h, past) for h, *past in _in_chunks(probe, *differences)]
+    products = torch.cat(parts, dim=2)
+    losses, squared = selection.losses_and_errors(products, gram, coefficients, loss)
+    return losses, squared.amin(0), ~selection.all_finite(products[0])
 
 
 def combine(
@@ -48,30 +46,32 @@ def combine(
 ) -> tuple[Tensor, Tensor]:
     """As :func:`tap_diffusion.core.kernels.combine`."""
     result, finite = torch.empty_like(hidden_states), []
-    for tokens in _chunks(hidden_states):
-        x, past = hidden_states[:, tokens], [residual[:, tokens] for residual in residuals]
+    chosen = [] if choice is None else [choice]
+    for part, x, *past in _in_chunks(result, hidden_states, *residuals, *chosen):
         if choice is None:
             predicted = selection.combine(past, coefficients[0].tolist())
         else:
-            predicted = selection.combine_chosen(past, coefficients, choice[:, tokens])
-        result[:, tokens] = x + predicted
-        finite.append(selection.all_finite(result[:, tokens]))
+            predicted = selection.combine_chosen(past[:-1], coefficients, past[-1])
+        part.copy_(x + predicted)
+        finite.append(selection.all_finite(part))
     if mend:
         result = torch.where(result.isfinite(), result, (hidden_states + residuals[0]).to(result.dtype))
-    return result, ~torch.stack(finite).all()
+    return result, ~reduce(torch.logical_and, finite)
 
 
 def gram_matrix(differences: Sequence[Tensor]) -> Tensor:
     """As :func:`tap_diffusion.core.selection.gram_matrix`."""
-    chunks = _chunks(differences[0])
-    return torch.cat([selection.gram_matrix([d[:, tokens] for d in differences]) for tokens in chunks], dim=1)
+    return torch.cat([selection.gram_matrix(chunk) for chunk in _in_chunks(*differences)], dim=1)
 
 
-def _chunks(features: Tensor) -> Iterator[slice]:
-    """Ranges of tokens. Elsewhere than on a CPU one: what costs there are launches."""
-    batch, tokens, width = features.shape
-    size = tokens
-    if features.device.type == "cpu":
-        size = max(1, CHUNK * torch.get_num_threads() // (batch * width))
-    for first in range(0, tokens, size):
-        yield slice(first, first + size)
+def _in_chunks(*tensors: Tensor) -> Iterator[Sequence[Tensor]]:
+    """The same tokens of all tensors (B, N, ...), of which the first has as many features as any.
+
+    Elsewhere than on a CPU all at once: what costs there are launches.
+    """
+    batch, tokens, width = tensors[0].shape
+    size = max(1, CHUNK * torch.get_num_threads() // (batch * width))
+    if size >= tokens or tensors[0].device.type != "cpu":
+        return iter([tensors])
+    # Slices, since autograd lets no part of a split be written into.
+    return ([tensor[:, first : first + size] for tensor in tensors] for first in range(0, tokens, size))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 _NAMED = "scheduler"  # part of the names of variables and attributes that hold one
 _MOST_FRAMES = 64
-_INNER = ("torch.", "accelerate.", "tap_diffusion.integrations", "tap_diffusion.integrations.diffusers.tracking")
+_INNER = ("torch.", "accelerate.", "diffusers.hooks.", "tap_diffusion.integrations")
 _WITHOUT = (Tensor, nn.Module, str, int, float, list, dict, tuple, type, ModuleType, FunctionType)  # hold none
 
 
