@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -45,8 +44,6 @@ def setup(
     model: str | None, recipe: str | None, prompt_file: Path | None, dtype: DType, device: str | None
 ) -> tuple[BenchModel, Recipe | None]:
     """The model to run, and the recipe that gives its steps and budgets, if there is one."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     with importing():
         from tap_bench import recipes
         from tap_bench.models import MODELS, any_pipeline

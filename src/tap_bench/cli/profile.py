@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -71,8 +70,6 @@ def profile(
             raise UsageError(f"{full_steps} full steps leave none of {steps} to predict")
         height, width = _sides(resolution)
         make_writable(out)
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
         with importing():
             from tap_bench.profile import report as reports
             from tap_bench.profile.subjects import of_model, of_size

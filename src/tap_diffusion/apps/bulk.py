@@ -122,7 +122,10 @@ def generate_many(
         )
     if Path(settings.model).is_dir():
         settings = replace(settings, model=str(Path(settings.model).resolve()))  # workers may start in another folder
-    loras = tuple(replace(lora, source=str(Path(lora.source).resolve())) if Path(lora.source).exists() else lora for lora in settings.loras)
+    loras = tuple(
+        replace(lora, source=str(Path(lora.source).resolve())) if Path(lora.source).exists() else lora
+        for lora in settings.loras
+    )
     settings = replace(settings, loras=loras)
     manifest = Manifest(out)
     finished = manifest.finished(rows, settings)

@@ -87,7 +87,7 @@ def class_number(pipe: Any, text: str) -> int:
     known = [f"{number} {name}" for name, number in names.items()]
     if len(known) > _SHOWN:  # ImageNet's thousand
         near = [f"{names[name]} {name}" for name in difflib.get_close_matches(wanted, names, 3)]
-        known = near + ["…"] if near else [*known[:3], "…", known[-1]]
+        known = [*near, "…"] if near else [*known[:3], "…", known[-1]]
     listed = ", ".join(known) or (f"0 to {count - 1}" if count != float("inf") else "their numbers")
     raise UsageError(f"{title} draws classes, and '{text}' is none of them: give {listed}")
 
