@@ -108,14 +108,16 @@ def _loading(what: str) -> Iterator[None]:
         yield
     except UsageError:
         raise
-    # AttributeError: diffusers has no such pipeline; KeyError, RuntimeError: an adapter is of another model.
-    except (OSError, ValueError, AttributeError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
         if not Path(what).exists() and _is_connection_error(error):
             raise UsageError(
                 f"the hub could not be reached to load '{what}', and it is not in the local cache;"
                 " connect to the network, or give a folder"
             ) from error
-        raise UsageError(f"could not load '{what}': {_first_line(error)}") from error
+        # AttributeError: diffusers has no such pipeline; KeyError, RuntimeError: an adapter is of another model.
+        if isinstance(error, OSError | ValueError | AttributeError | KeyError | RuntimeError | SafetensorError):
+            raise UsageError(f"could not load '{what}': {_first_line(error)}") from error
+        raise
 
 
 def prompt_for(model: str, prompt: str) -> str:
@@ -139,7 +141,8 @@ def _is_connection_error(error: BaseException) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,9 @@ _LEFT_OUT = (
     "Expected types for id2label",  # JSON's keys are strings
     "The following part of your input was truncated",  # see apps.cut_off
     "Token indices sequence length is longer",  # the same
+    "No LoRA keys associated to",  # of a text encoder, for which few have any; see apps.lora for the transformer
 )
+_LONGEST = 300  # characters of a line: diffusers names every weight that an adapter doesn't find
 
 
 class _Collecting(logging.Handler):
@@ -32,7 +34,8 @@ class _Collecting(logging.Handler):
 
     def add(self, message: str) -> None:
         if not any(words in message for words in _LEFT_OUT):
-            self.found.setdefault(" ".join(message.split()))
+            line = " ".join(message.split())
+            self.found.setdefault(line if len(line) <= _LONGEST else line[:_LONGEST] + "…")
 
     def show(self, message: Warning | str, category: type[Warning], *_: Any) -> None:
         """In the place of :func:`warnings.showwarning`. What is for developers alone is left out."""
