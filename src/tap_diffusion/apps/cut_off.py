@@ -70,10 +70,12 @@ class CutOff:
 def watched(pipe: Any, texts: Sequence[str], limit: int | None = None) -> Iterator[CutOff]:
     """Within this, what the pipeline's tokenizers cut off is noted."""
     found = CutOff(texts, limit)
+    watching: list[Any] = []
     with ExitStack() as stack:
         for name, part in getattr(pipe, "components", {}).items():
             tokenizer = getattr(part, "tokenizer", part)  # a processor has one
-            if isinstance(tokenizer, PreTrainedTokenizerBase):
+            if isinstance(tokenizer, PreTrainedTokenizerBase) and not any(tokenizer is other for other in watching):
+                watching.append(tokenizer)
                 stack.enter_context(_watching(tokenizer, f"{name} ({type(tokenizer).__name__})", found))
         yield found
 

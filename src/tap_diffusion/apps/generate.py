@@ -114,8 +114,8 @@ def _loading(what: str) -> Iterator[None]:
                 f"the hub could not be reached to load '{what}', and it is not in the local cache;"
                 " connect to the network, or give a folder"
             ) from error
-        # AttributeError: diffusers has no such pipeline; KeyError, RuntimeError: an adapter is of another model.
-        if isinstance(error, OSError | ValueError | AttributeError | KeyError | RuntimeError | SafetensorError):
+        # AttributeError: diffusers has no such pipeline; LookupError, RuntimeError: an adapter is of another model.
+        if isinstance(error, OSError | ValueError | AttributeError | LookupError | RuntimeError | SafetensorError):
             raise UsageError(f"could not load '{what}': {_first_line(error)}") from error
         raise
 
