@@ -175,7 +175,7 @@ def test_options_make_the_configuration(model: Path, tmp_path: Path) -> None:
         (["--model", "somebody/something"], "the hub could not be reached to load 'somebody/something'"),
         (["--model", "EMPTY"], "holds no pipeline: it has no model_index.json"),
         (["--model", "BROKEN"], "could not load"),
-        (["--interval", 0], "TAPConfig.interval is 0; it must be None or an integer of at least 1"),
+        (["--interval", 0], "TAPConfig.interval is 0; it must be None or a whole number of at least 1"),
         (["--warmup", 0, "--paper"], "TAPConfig.warmup is 0"),
         (["--warmup", 9, "--steps", 8, "--interval", 2], "warmup is 9, more than the 8 steps"),
         (["--warmup", 2], "--warmup goes with --interval"),
@@ -358,7 +358,7 @@ def test_tune_writes_a_preset_that_generate_takes(model: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--full-steps", "8,x"], "are not integers with commas between"),
+        (["--full-steps", "8,x"], "'8,x' is not a list of whole numbers with commas"),
         (["--full-steps", "50"], "50 full steps are not between 2 and 49"),
         (["--model", "nonsense"], "unknown model 'nonsense'"),
         (["--prompts", "x.txt"], "--prompts is for a folder or hub id"),
@@ -418,9 +418,12 @@ def test_plan_names_what_a_search_found() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("flux-9",), "'flux-9' is no model that is known here"),
+        (("flux-9",), "tap plan doesn't know 'flux-9'; give flux,"),
         (("flux", "--shift", 0), "--shift is 0"),
-        (("flux", "--speedup", 4, "--full-steps", 9), "TAPConfig.speedup is 4.0; it must be left out"),
+        (
+            ("flux", "--speedup", 4, "--full-steps", 9),
+            "TAPConfig.speedup is 4.0; it must be left out beside full_steps",
+        ),
         (("8x8",), "8x8 is smaller than a token of 16 pixels"),
     ],
 )

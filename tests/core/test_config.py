@@ -117,7 +117,7 @@ def test_json_round_trip_of_a_speedup(speedup: float) -> None:
 
 @pytest.mark.parametrize("other", [{"full_steps": 8}, {"full_steps": (0, 4)}, {"interval": 6}])
 def test_a_speedup_beside_a_number_of_full_steps_contradicts_it(other: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="speedup is 4; it must be left out where full_steps or interval say"):
+    with pytest.raises(ConfigError, match="speedup is 4; it must be left out beside full_steps or interval"):
         TAPConfig(speedup=4, **other)
 
 
@@ -173,7 +173,7 @@ def test_the_paper_with_changes() -> None:
 
 
 def test_two_schedules_at_once_are_refused() -> None:
-    with pytest.raises(ConfigError, match="interval is 4; it must be None where full_steps are given"):
+    with pytest.raises(ConfigError, match="interval is 4; it must be left out beside full_steps"):
         TAPConfig(interval=4, full_steps=8)
 
 

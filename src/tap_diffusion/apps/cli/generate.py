@@ -266,7 +266,9 @@ def _generate_few(
     console.print(_table(result, config))
     kind = "picture" if result["frames"] is None else "video"
     found = f" ({result['found']} of an earlier run)" if result["found"] else ""
-    console.print(f"{counted(len(wanted), kind)}{found}, {', '.join(written)} in {out}", highlight=False)
+    console.print(
+        f"{counted(len(wanted), kind)}{found}, {', '.join(written)} in {out}", highlight=False, soft_wrap=True
+    )
 
 
 def _interrupted(out: Path) -> typer.Exit:
@@ -329,7 +331,10 @@ def _generate_many(
         console.print(f"steps: {full} full, {predicted} predicted", highlight=False)
     kind = "video" if any(entry["file"].endswith(".mp4") for entry in good) else "picture"
     console.print(
-        f"{counted(len(good), kind)}, {len(errors)} failed, manifest.parquet in {out}", highlight=False, markup=False
+        f"{counted(len(good), kind)}, {len(errors)} failed, manifest.parquet in {out}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
     if errors:
         raise typer.Exit(1)
