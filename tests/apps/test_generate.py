@@ -494,6 +494,20 @@ class TestLora:
         request = Request((), steps=2, height=32, width=32)
         torch.testing.assert_close(draw(pipe, request, WORDS[:1], [0]), draw(one, request, WORDS[:1], [0]))
 
+    def test_many_pictures(self, folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "prompts.txt").write_text("red apple\n")
+        sampling = ["--steps", "3", "--full-steps", "2", "--height", "32", "--width", "32", "--lora", f"{folder}:2"]
+        few, many = tmp_path / "few", tmp_path / "many"
+        for more in (
+            ["red apple", "--out", few],
+            ["--prompts", tmp_path / "prompts.txt", "--engine", "local", "--out", many],
+        ):
+            result = CliRunner().invoke(app, ["generate", *map(str, more), *sampling])
+            assert result.exit_code == 0, result.output
+        (entry,) = pq.read_table(many / "manifest.parquet").to_pylist()
+        assert (many / entry["file"]).read_bytes() == (few / "000-red-apple-tap.png").read_bytes()
+        assert json.loads(entry["settings"])["loras"] == [{"source": str(folder), "scale": 2.0}]
+
     def test_what_can_t_be_is_told_in_a_line(self, folder: Path, tmp_path: Path) -> None:
         build_pipeline().save_pretrained(tmp_path / "tiny")  # of another width
 

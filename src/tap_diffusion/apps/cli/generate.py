@@ -200,9 +200,7 @@ def generate(
         few |= {"--negative-prompt": negative_prompt is not None, "--overwrite": overwrite}
         for name, asked in few.items():
             if asked and engine is not None:
-                raise UsageError(
-                    f"{name} can't be combined with --engine, where prompts come from the file of --prompts"
-                )
+                raise UsageError(f"{name} can't be combined with --engine, nor with a file of .jsonl or .parquet")
         wanted = [] if engine is not None else read_prompts(prompts or [], prompt_file)
         config = _config(config_file, paper, speedup=speedup, full_steps=full_steps, interval=interval, warmup=warmup)
         if config.interval is not None and config.warmup > steps:
