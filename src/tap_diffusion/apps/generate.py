@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import diffusers
@@ -323,7 +322,7 @@ def generate(
     note: Callable[[str], None] = lambda _: None,
     fps: int = FPS,
     overwrite: bool = False,
-    recorded: Mapping[str, Any] = MappingProxyType({}),
+    loras: Sequence[Lora] = (),
 ) -> dict[str, Any]:
     """Generate with TAP, and with ``compare`` without it too, into a folder, batch by batch.
 
@@ -335,8 +334,7 @@ def generate(
         note: is told each sheet that was written, and ``report.json``.
         fps: frames a second of videos.
         overwrite: delete what an earlier run left in the folder, instead of going on with it.
-        recorded: what else results depend on and the pipeline doesn't tell, such as the files of its adapters, as JSON
-            takes it. A run goes on only where it is the same.
+        loras: adapters that the pipeline was loaded with, which the report names.
 
     Warns:
         of each prompt that a tokenizer cut off.
@@ -348,7 +346,8 @@ def generate(
         UsageError: the folder holds results of other settings; or see :meth:`Request.check`.
     """
     request.check(pipe)
-    settings = _settings(pipe, model, request, config, fps) | {"compare": compare, "repeats": repeats, **recorded}
+    settings = _settings(pipe, model, request, config, fps) | {"compare": compare, "repeats": repeats}
+    settings["loras"] = [asdict(adapter) for adapter in loras]
     results = Results(out, settings, overwrite)
     found = results.done
     todo = [batch for batch in request.batches(pipe) if batch.start >= found]
@@ -437,6 +436,7 @@ def _settings(pipe: Any, model: str, request: Request, config: TAPConfig, fps: i
         "fps": fps,
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": str(pipe._execution_device),  # where parts are only while they run, if offloaded
+        "compiled": pipelines.is_compiled(pipe),
         "config": config.to_dict(),
         "versions": {
             "tap_diffusion": __version__,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -253,14 +253,18 @@ def _generate_few(
     pipe = load_pipeline(model, *placement(*placed), **loading)
     wanted = [prompt_for(model, prompt) for prompt in sampling["prompts"]]
     request = Request(**sampling | {"prompts": wanted})
-    recorded = {"loras": [asdict(lora) for lora in loading["loras"]], "compiled": loading["compiled"]}
     written: list[str] = []
     try:
-        result = run_generate(pipe, model, request, config, out, note=written.append, recorded=recorded, **output)
+        result = run_generate(pipe, model, request, config, out, note=written.append, loras=loading["loras"], **output)
     except torch.OutOfMemoryError as error:
         size = len(next(request.batches(pipe)))
         remedy = f"a smaller batch than {size}, or smaller pictures" if size > 1 else "a smaller size"
         raise UsageError(f"out of memory; try {remedy}") from error
+    except RuntimeError as error:
+        if not loading["compiled"] or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"the blocks can't be compiled here: {reason}; leave out --compile") from error
     console.print(_table(result, config))
     kind = "picture" if result["frames"] is None else "video"
     found = f" ({result['found']} of an earlier run)" if result["found"] else ""

@@ -38,7 +38,7 @@ class _Collecting(logging.Handler):
             line = " ".join(message.split())
             self.found.setdefault(line if len(line) <= _LONGEST else line[:_LONGEST] + "…")
 
-    def show(self, message: Warning | str, category: type[Warning], *_: Any) -> None:
+    def show(self, message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         """In the place of :func:`warnings.showwarning`. What is for developers alone is left out."""
         if not issubclass(category, DeprecationWarning | FutureWarning):
             self.add(str(message))
