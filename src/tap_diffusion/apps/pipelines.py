@@ -106,7 +106,8 @@ def longest_prompt(pipe: Any, arguments: Mapping[str, Any]) -> int | None:
 
 def compile_blocks(pipe: Any) -> None:
     """Compile the transformers' blocks: those that diffusers names for its class, or those that TAP knows of."""
-    for transformer in supported(pipe):
+    found: list[Any] = supported(pipe)
+    for transformer in found:
         if getattr(transformer, "_repeated_blocks", None):
             transformer.compile_repeated_blocks()
             continue

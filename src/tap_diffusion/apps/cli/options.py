@@ -85,7 +85,7 @@ def quiet_imports() -> None:
 def quiet_bars() -> None:
     """Show no bar for each part of a model that is loaded, and none at all where they would go into a file."""
     from diffusers.utils import logging as of_diffusers
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as of_transformers
 
     of_transformers.disable_progress_bar()  # which turns off the hub's as well

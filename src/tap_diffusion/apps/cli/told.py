@@ -20,6 +20,7 @@ _LEFT_OUT = (
     "The following part of your input was truncated",  # see apps.cut_off
     "Token indices sequence length is longer",  # the same
     "Couldn't connect to the Hub",  # told as an error, unless the model is in the local cache
+    "Already found a `peft_config` attribute",  # several LoRAs are what was asked for
     "No LoRA keys associated to",  # of a text encoder, for which few have any; see apps.lora for the transformer
 )
 _LONGEST = 300  # characters of a line: diffusers names every weight that an adapter doesn't find
