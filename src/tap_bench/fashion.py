@@ -123,7 +123,8 @@ def train(
 def export(work: Work, to: Annotated[Path, typer.Option(help="Folder to write the pipeline to.")]) -> None:
     """Write the pipeline with the averaged weights, in bf16, as ``PixelDiTPipeline.from_pretrained`` reads it."""
     model: Any = ema_weights(work, "fashion", build())
-    write_bf16(PixelDiTPipeline(model, scheduler()), to)
+    names = {str(number): name for number, name in enumerate(LABELS)}
+    write_bf16(PixelDiTPipeline(model, scheduler(), names), to)
 
 
 if __name__ == "__main__":

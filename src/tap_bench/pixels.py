@@ -30,13 +30,21 @@ class PixelDiTPipeline(DiffusionPipeline):
     Args:
         transformer: predicts the noise; label ``num_embeds_ada_norm`` stands for no class.
         scheduler: DDIM, DPM-Solver++ or another one for noise prediction.
+        id2label: names of the classes by their numbers, which are strings as in JSON.
+
+    Attributes:
+        labels: numbers of the classes by their names, as ``DiTPipeline`` has it.
     """
 
     model_cpu_offload_seq = "transformer"
 
-    def __init__(self, transformer: DiTTransformer2DModel, scheduler: Any) -> None:
+    def __init__(
+        self, transformer: DiTTransformer2DModel, scheduler: Any, id2label: dict[str, str] | None = None
+    ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler)
+        self.register_to_config(id2label=id2label)
+        self.labels = {name: int(number) for number, name in (id2label or {}).items()}
 
     @torch.no_grad()
     def __call__(

@@ -118,6 +118,13 @@ def test_pictures_are_those_of_the_pipeline_called_by_hand(settings: Settings, t
             assert np.abs(found - 255 * picture).max() <= 0.51  # rounded to 8 bits, and up to rounding by the batch
 
 
+def test_prompts_that_were_cut_off_are_in_the_manifest(settings: Settings, tmp_path: Path) -> None:
+    rows = [Row("long", "red apple " * 20, 0), Row("short", "red apple", 1)]
+    long, short = generate_many(rows, settings, tmp_path, here)
+    assert "(CLIPTokenizer) kept 8 of " in long["cut_off"]
+    assert short["cut_off"] is None
+
+
 def test_batching_changes_no_picture(settings: Settings, tmp_path: Path) -> None:
     for size in (1, 2, 4):
         generate_many(ROWS, settings, tmp_path / str(size), here, batch_size=size)
@@ -337,8 +344,8 @@ def test_what_is_wrong_with_a_file(tmp_path: Path, content: str, words: str) -> 
         (["--engine", "local"], "--prompts is missing"),
         (["--engine", "local", "--prompts", "x.txt", "--workers", 2], "--workers is for --engine ray"),
         (["--engine", "local", "--prompts", "x.txt", "--address", "auto"], "--address is for --engine ray"),
-        (["--prompts", "x.jsonl", "--compare"], "--compare is for a few pictures"),
-        (["--prompts", "x.jsonl", "red apple"], "a prompt is for a few pictures"),
+        (["--prompts", "x.jsonl", "--compare"], "--compare can't be combined with --engine"),
+        (["--prompts", "x.jsonl", "red apple"], "a prompt can't be combined with --engine"),
         (["--prompts", "x.jsonl"], "can't read the prompt file x.jsonl"),
         (["--prompts", "MISSING", "--model", "nonsense"], "unknown model 'nonsense'"),
     ],

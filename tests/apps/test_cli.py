@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import pty
 import re
+import subprocess
+import sys
+import termios
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +23,9 @@ from typer.testing import CliRunner
 import tap_diffusion
 from tap_diffusion import TAPConfig
 from tap_diffusion.apps.cli import app
+from tap_diffusion.apps.cli.told import told
 from tap_diffusion.apps.generate import draw
+from tap_diffusion.core.errors import UsageError, warn
 from tap_diffusion.core.schedule import spaced_steps
 from tap_diffusion.core.timeline import Timeline
 from tiny import build_pipeline
@@ -167,7 +175,7 @@ def test_options_make_the_configuration(model: Path, tmp_path: Path) -> None:
         (["--model", "somebody/something"], "the hub could not be reached to load 'somebody/something'"),
         (["--model", "EMPTY"], "holds no pipeline: it has no model_index.json"),
         (["--model", "BROKEN"], "could not load"),
-        (["--interval", 0], "TAPConfig.interval is 0; it must be None or an integer of at least 1"),
+        (["--interval", 0], "TAPConfig.interval is 0; it must be None or a whole number of at least 1"),
         (["--warmup", 0, "--paper"], "TAPConfig.warmup is 0"),
         (["--warmup", 9, "--steps", 8, "--interval", 2], "warmup is 9, more than the 8 steps"),
         (["--warmup", 2], "--warmup goes with --interval"),
@@ -187,6 +195,12 @@ def test_options_make_the_configuration(model: Path, tmp_path: Path) -> None:
         (["--guidance", 2, "--height", 3], "height 3 can't be done"),
         (["--device", "cuda:77"], "device 'cuda:77' is not available"),
         (["--device", "toaster"], "device 'toaster' is not available"),
+        (["--lora", "./NOTHERE"], "there is no LoRA ./NOTHERE: give a folder, a .safetensors file, or a hub id"),
+        (["--lora", "EMPTY"], "could not load 'EMPTY': "),
+        (["--lora", "x:inf"], "the scale of the LoRA x is inf; give a number, such as x:0.8"),
+        (["--engine", "local"], "a prompt can't be combined with --engine"),
+        (["--workers", 2], "--workers is for --engine ray"),
+        (["--offload"], "offloading is for a GPU"),
     ],
 )
 def test_a_bad_value_gives_one_line_and_status_2(
@@ -244,9 +258,6 @@ def test_help_names_every_option() -> None:
 
 
 def test_help_does_not_wait_for_torch() -> None:
-    import subprocess
-    import sys
-
     code = "import sys, tap_diffusion.apps.cli; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -259,6 +270,69 @@ def test_a_run_without_predicted_steps_warns(model: Path, tmp_path: Path) -> Non
     assert json.loads((tmp_path / "report.json").read_text())["predicted_step_ms"] is None
     assert not (tmp_path / "choices.png").exists()
     assert torch.is_grad_enabled()
+
+
+def test_warnings_are_lines_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    before = of_diffusers.get_verbosity(), of_transformers.get_verbosity(), warnings.showwarning
+
+    @told()
+    def failing() -> None:
+        for _ in range(2):
+            warn("of TAP")
+            warnings.warn("of Python,\nin two lines", UserWarning, stacklevel=1)
+        warnings.warn("for developers", FutureWarning, stacklevel=1)
+        of_diffusers.get_logger("diffusers.x").warning("of diffusers [8]")
+        of_diffusers.get_logger("diffusers.x").info("no warning")
+        of_transformers.get_logger("transformers.x").warning("of transformers " + "x" * 400)
+        of_transformers.get_logger("transformers.x").warning("`A` requires torchvision (not installed)")
+        raise UsageError("warnings are told where a command fails too")
+
+    with pytest.raises(UsageError):
+        failing()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Warning: ")]
+    assert lines[:3] == ["Warning: of TAP", "Warning: of Python, in two lines", "Warning: of diffusers [8]"]
+    assert lines[3].startswith("Warning: of transformers xxx")
+    assert (len(lines), lines[3][-1]) == (4, "…")
+    assert before == (of_diffusers.get_verbosity(), of_transformers.get_verbosity(), warnings.showwarning)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bars_are_for_terminals_and_warnings_below_them(tmp_path: Path, terminal: bool) -> None:
+    call = [sys.executable, "-c", "from tap_diffusion.apps.cli import app; app()", "generate", "red apple " * 5]
+    call += ["--steps", "8", "--height", "32", "--width", "32", "--out", str(tmp_path / "out")]
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("VERBOSITY")} | {
+        "COLUMNS": "80"
+    }
+    if not terminal:
+        done = subprocess.run(call, env=environment, capture_output=True, text=True, check=True)
+        warned = done.stderr.splitlines()
+        assert "1 picture" in done.stdout
+    else:
+        ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (40, 80))  # bars take none of a size of nothing
+        with subprocess.Popen(call, env=environment | {"TERM": "xterm"}, stdout=theirs, stderr=theirs) as process:
+            os.close(theirs)
+            parts = []
+            with contextlib.suppress(OSError):  # Linux's sign of the end
+                while part := os.read(ours, 65536):
+                    parts.append(part)
+        os.close(ours)
+        assert process.returncode == 0
+        output = re.sub(r"\x1b\[[\d;?]*\w", "", b"".join(parts).decode())
+        assert "Loading pipeline components" in output
+        assert "TAP  1 of 1:" in output
+        assert "Loading weights" not in output
+        warned = output[output.index("1 picture") :].splitlines()[1:]
+    assert len(warned) == 2
+    assert warned[0].startswith(
+        "Warning: TAP ran 6 of 8 steps in full, 1.33x fewer evaluations where speedup=5 is asked"
+    )
+    assert warned[1].startswith('Warning: the prompt "red apple red apple')
+    assert "kept 8 of 10 tokens" in warned[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------- tune
@@ -284,7 +358,7 @@ def test_tune_writes_a_preset_that_generate_takes(model: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--full-steps", "8,x"], "are not integers with commas between"),
+        (["--full-steps", "8,x"], "'8,x' is not a list of whole numbers with commas"),
         (["--full-steps", "50"], "50 full steps are not between 2 and 49"),
         (["--model", "nonsense"], "unknown model 'nonsense'"),
         (["--prompts", "x.txt"], "--prompts is for a folder or hub id"),
@@ -344,9 +418,12 @@ def test_plan_names_what_a_search_found() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("flux-9",), "'flux-9' is no model that is known here"),
+        (("flux-9",), "tap plan doesn't know 'flux-9'; give flux,"),
         (("flux", "--shift", 0), "--shift is 0"),
-        (("flux", "--speedup", 4, "--full-steps", 9), "TAPConfig.speedup is 4.0; it must be left out"),
+        (
+            ("flux", "--speedup", 4, "--full-steps", 9),
+            "TAPConfig.speedup is 4.0; it must be left out beside full_steps",
+        ),
         (("8x8",), "8x8 is smaller than a token of 16 pixels"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,20 +18,29 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import save_file
 from test_sprites import PROMPTS
 from test_sprites import build as build_sprites
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 from typer.testing import CliRunner
 
 import tap_diffusion as tap
+from tap_bench.fashion import LABELS
 from tap_bench.models import BenchModel
 from tap_bench.models import draw as bench_draw
+from tap_diffusion.apps import generate as generate_module
 from tap_diffusion.apps import media, pipelines
 from tap_diffusion.apps.cli import app
+from tap_diffusion.apps.cut_off import watched
 from tap_diffusion.apps.generate import Request, draw, generate, load_pipeline, prompt_for, psnr, run
-from tap_diffusion.core.errors import UsageError
+from tap_diffusion.apps.lora import Lora
+from tap_diffusion.core.errors import UsageError, told_by
 from tap_diffusion.demo.train import build_tokenizers
 from tiny import WORDS, Operations, build_pipeline, counted_forward
 from zoo import build
@@ -144,6 +154,70 @@ def test_wan(tmp_path: Path) -> None:
     assert result["psnr_db_each"] == pytest.approx(psnr(accelerated, full))
 
 
+LONG = ["red apple " * 60, "red apple"]
+
+
+def test_prompts_that_were_cut_off_are_told(tmp_path: Path) -> None:
+    """Stable Diffusion 3 takes fewer tokens in CLIP than in T5."""
+    pipe = sd3()
+    pipe.tokenizer.model_max_length = pipe.tokenizer_max_length = 8
+    told: list[str] = []
+    request = Request(LONG, steps=3, height=16, width=16, negative_prompt="blue book " * 5, guidance=2.0, batch_size=1)
+    kinds = [type(part) for part in pipe.components.values()]
+    with told_by(told.append):
+        generate(pipe, "tiny", request, tap.TAPConfig(full_steps=2), tmp_path)
+    clip = len(pipe.tokenizer(LONG[0]).input_ids)
+    apple, book = dict.fromkeys(line for line in told if "cut off" in line)  # the second in both batches
+    assert apple.startswith('the prompt "red apple red apple')
+    assert "…" in apple
+    assert apple.endswith(f"cut off: tokenizer (CLIPTokenizer) kept 8 of {clip} tokens")  # and T5's 256, thus all
+    assert 'the prompt "blue book blue book' in book
+    assert [type(part) for part in pipe.components.values()] == kinds
+
+
+def test_what_a_pipeline_cuts_behind_its_tokenizer_is_told_too() -> None:
+    """As Qwen-Image does: the tokenizer keeps a thousand tokens, and the pipeline ``max_sequence_length`` of them."""
+    _, tokenizer = t5()
+    pipe = SimpleNamespace(components={"tokenizer": tokenizer})
+    with watched(pipe, LONG, 50) as cut:
+        tokenizer([f"Draw this: {prompt}" for prompt in LONG], truncation=True, max_length=500)
+    own = len(tokenizer(LONG[0], add_special_tokens=False).input_ids)
+    assert own == 120
+    assert cut.of(LONG[0]) == f"tokenizer ({type(tokenizer).__name__}) kept 50 of 120 tokens"
+    assert cut.of(LONG[1]) is None
+    assert len(cut.messages()) == 1
+    with watched(pipe, LONG, 120) as cut:
+        tokenizer(LONG, truncation=True, max_length=500)
+    assert cut.messages() == []
+
+
+def test_classes_have_names() -> None:
+    pipe = load_pipeline("fashion", torch.float32, "cpu")
+    assert [pipelines.class_number(pipe, name) for name in LABELS] == list(range(10))
+    assert pipelines.class_number(pipe, "Dress") == pipelines.class_number(pipe, "3") == 3
+    request = Request((), steps=3)
+    assert torch.equal(draw(pipe, request, ["Dress"], [0]), draw(pipe, request, ["3"], [0]))
+    for wrong in ("boot", "10", "-1", ""):
+        with pytest.raises(
+            UsageError, match=f"'{wrong}' is none of them: give 0 t-shirt, 1 trousers, .*, 9 ankle boot"
+        ):
+            Request([wrong]).check(pipe)
+
+
+def test_many_classes_are_not_all_listed() -> None:
+    pipe = dit()
+    pipe.labels = {f"kind {i}": i for i in range(1000)}
+    with pytest.raises(
+        UsageError, match=r"'tree' is none of them: give 0 kind 0, 1 kind 1, 2 kind 2, …, 999 kind 999$"
+    ):
+        pipelines.class_number(pipe, "tree")
+    with pytest.raises(UsageError, match=r"give .*77 kind 77, .*…$"):
+        pipelines.class_number(pipe, "kind77")
+    del pipe.labels
+    with pytest.raises(UsageError, match=r"'tree' is none of them: give 0 to 999$"):
+        pipelines.class_number(pipe, "tree")
+
+
 def test_dit_draws_classes(tmp_path: Path) -> None:
     pipe, request = dit(), Request(["3", "7"], steps=8)
     result = generate(pipe, "tiny", request, tap.TAPConfig(full_steps=4), tmp_path)
@@ -153,7 +227,7 @@ def test_dit_draws_classes(tmp_path: Path) -> None:
     assert result["width"] == expected.shape[2]
     saved = np.asarray(Image.open(tmp_path / "001-7-tap.png"))
     assert np.abs(saved - 255 * expected[1]).max() < 1.5
-    with pytest.raises(UsageError, match="DiTPipeline draws classes: give their numbers"):
+    with pytest.raises(UsageError, match="DiTPipeline draws classes, and 'boot' is none of them: give 0 to 999"):
         Request(["boot"]).check(pipe)
     with pytest.raises(UsageError, match="has one size only"):
         Request(["3"], height=64).check(pipe)
@@ -327,7 +401,9 @@ class TestCommand:
         assert result.exit_code == 0, result.output
         assert "2 pictures, choices.png, report.json" in result.output
         assert Image.open(tmp_path / "001-7-tap.png").size == (32, 32)
-        assert CliRunner().invoke(app, ["generate", "boot", *arguments]).exit_code == 2
+        other = CliRunner().invoke(app, ["generate", "boot", *arguments])
+        assert other.exit_code == 2
+        assert "'boot' is none of them: give 0 t-shirt, 1 trousers, 2 pullover" in other.stderr
 
     def test_many_videos(self, tmp_path: Path) -> None:
         (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
@@ -367,6 +443,131 @@ def test_offloading_needs_a_device_and_is_diffusers_own(monkeypatch: pytest.Monk
     load_pipeline("fashion", torch.float32, "cuda:1", offload=True)
     load_pipeline("fashion", torch.float32, "cpu")
     assert asked == [("enable_model_cpu_offload", "cuda:1"), ("to", "cpu")]
+
+
+class TestLora:
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """A LoRA for the embedded model, as diffusers saves it."""
+        folder = tmp_path_factory.mktemp("lora")
+        torch.manual_seed(0)
+        pipe: Any = load_pipeline("emoji", torch.float32, "cpu")
+        pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+        pipe.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(pipe.transformer))
+        return folder
+
+    @pytest.mark.parametrize("by", ["folder", "file"])
+    def test_the_picture_is_that_of_the_pipeline_with_the_lora_loaded_by_hand(
+        self, folder: Path, tmp_path: Path, by: str
+    ) -> None:
+        source = str(folder if by == "folder" else folder / "pytorch_lora_weights.safetensors")
+        arguments = ["red apple", "--steps", "4", "--full-steps", "2", "--guidance", "1", "--out", str(tmp_path)]
+        result = CliRunner().invoke(app, ["generate", *arguments, "--lora", f"{source}:0.5"])
+        assert result.exit_code == 0, result.output
+        pipe: Any = load_pipeline("emoji", torch.float32, "cpu")
+        pipe.set_progress_bar_config(disable=True)
+        size = {"height": 64, "width": 64, "max_sequence_length": 8}
+
+        def drawn_by_hand() -> Any:
+            generator = [torch.Generator().manual_seed(0)]
+            more = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "np", **size}
+            return pipe(["red apple"], generator=generator, **more).images[0]
+
+        with tap.enabled(pipe, full_steps=2):
+            plain = drawn_by_hand()
+            pipe.load_lora_weights(str(folder), adapter_name="mine")
+            pipe.set_adapters(["mine"], [0.5])
+            expected = drawn_by_hand()
+        saved = np.asarray(Image.open(tmp_path / "000-red-apple-tap.png"))
+        assert np.abs(saved - 255 * expected).max() < 0.51
+        assert np.abs(saved - 255 * plain).max() > 5
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert report["loras"] == [{"source": source, "scale": 0.5}]
+        if by == "folder":
+            for more in (["--lora", source], []):
+                other = CliRunner().invoke(app, ["generate", *arguments, *more])
+                assert other.exit_code == 2
+                assert "holds results with loras" in other.stderr
+
+    def test_two_act_together(self, folder: Path) -> None:
+        pipe: Any = load_pipeline(
+            "emoji", torch.float32, "cpu", loras=[Lora(str(folder), 0.5), Lora(str(folder), 0.25)]
+        )
+        one: Any = load_pipeline("emoji", torch.float32, "cpu", loras=[Lora(str(folder), 0.75)])
+        request = Request((), steps=2, height=32, width=32)
+        torch.testing.assert_close(draw(pipe, request, WORDS[:1], [0]), draw(one, request, WORDS[:1], [0]))
+
+    def test_many_pictures(self, folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "prompts.txt").write_text("red apple\n")
+        sampling = ["--steps", "3", "--full-steps", "2", "--height", "32", "--width", "32", "--lora", f"{folder}:2"]
+        few, many = tmp_path / "few", tmp_path / "many"
+        for more in (
+            ["red apple", "--out", few],
+            ["--prompts", tmp_path / "prompts.txt", "--engine", "local", "--out", many],
+        ):
+            result = CliRunner().invoke(app, ["generate", *map(str, more), *sampling])
+            assert result.exit_code == 0, result.output
+        (entry,) = pq.read_table(many / "manifest.parquet").to_pylist()
+        assert (many / entry["file"]).read_bytes() == (few / "000-red-apple-tap.png").read_bytes()
+        assert json.loads(entry["settings"])["loras"] == [{"source": str(folder), "scale": 2.0}]
+
+    def test_what_can_t_be_is_told_in_a_line(self, folder: Path, tmp_path: Path) -> None:
+        build_pipeline().save_pretrained(tmp_path / "tiny")  # of another width
+
+        def load(model: str, source: str) -> None:
+            load_pipeline(model, torch.float32, "cpu", loras=[Lora(source)])
+
+        with pytest.raises(UsageError, match="PixelDiTPipeline takes no LoRA"):
+            load("fashion", str(folder))
+        with pytest.raises(UsageError, match=r"there is no LoRA \./nothere: give a folder"):
+            load("emoji", "./nothere")
+        with pytest.raises(UsageError, match="the hub could not be reached to load 'some/thing'"):
+            load("emoji", "some/thing")
+        with pytest.raises(UsageError, match=f"could not load '{folder}': .*size mismatch"):
+            load(str(tmp_path / "tiny"), str(folder))
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(UsageError, match=f"could not load '{tmp_path}/empty'"):
+            load("emoji", str(tmp_path / "empty"))
+        save_file({"unet.nothing.lora_A.weight": torch.zeros(2, 4)}, tmp_path / "x.safetensors")
+        with pytest.raises(UsageError, match="has no weights for FluxPipeline"):
+            load("emoji", str(tmp_path / "x.safetensors"))
+
+    def test_scales_stand_behind_a_colon(self) -> None:
+        assert Lora.parse("some/thing:0.8") == Lora("some/thing", 0.8)
+        assert Lora.parse("some/thing:-1") == Lora("some/thing", -1.0)
+        assert Lora.parse("./a:b") == Lora("./a:b", 1.0)
+        with pytest.raises(UsageError, match="the scale of the LoRA x is nan"):
+            Lora.parse("x:nan")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+@pytest.mark.parametrize("model", ["flux", "dit"])
+def test_compiled_blocks_give_the_same(model: str, tmp_path: Path) -> None:
+    """diffusers names the blocks of FLUX, and not those of DiT."""
+    pipe, kind = (build_pipeline(), FluxTransformerBlock) if model == "flux" else (dit(), BasicTransformerBlock)
+    request = Request(WORDS[:2] if model == "flux" else ["1", "2"], steps=6, batch_size=1)
+    expected, _ = run(pipe, request, "")
+    with tap.enabled(pipe, full_steps=3):
+        accelerated, _ = run(pipe, request, "")
+    pipelines.compile_blocks(pipe)
+    compiled = [module for module in pipe.transformer.modules() if module._compiled_call_impl is not None]
+    assert sum(isinstance(module, kind) for module in compiled) == len(pipe.transformer.transformer_blocks)
+    counters.clear()
+    graphs = []
+    run_plain = generate_module.run
+
+    def counting(*arguments: Any) -> Any:
+        graphs.append(counters["stats"]["unique_graphs"])
+        return run_plain(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate_module, "run", counting)
+        result = generate(pipe, "tiny", request, tap.TAPConfig(full_steps=3), tmp_path, compare=True)
+    assert graphs[0] == 0
+    assert graphs[2:] == [counters["stats"]["unique_graphs"]] * 4 != [0] * 4  # nothing is compiled behind the warm-up
+    assert result["psnr_db_each"] == pytest.approx(psnr(accelerated, expected), abs=0.1)
 
 
 def as_pictures(values: Tensor) -> Any:

@@ -42,8 +42,8 @@ def test_paper_is_the_paper() -> None:
     ("field", "value", "allowed"),
     [
         ("interval", 0, "at least 1"),
-        ("interval", 2.5, "integer"),
-        ("interval", True, "integer"),
+        ("interval", 2.5, "whole number"),
+        ("interval", True, "whole number"),
         ("warmup", 0, "at least 1"),
         ("speedup", 0.9, "≥ 1"),
         ("speedup", float("inf"), "≥ 1"),
@@ -56,15 +56,15 @@ def test_paper_is_the_paper() -> None:
         ("clock", "sigma", "noise, step"),
         ("hindsight", -0.1, "from 0 to 2"),
         ("family", "fourier", "taylor, newton"),
-        ("orders", (), "non-empty"),
-        ("orders", (0, 0), "distinct"),
+        ("orders", (), "at least one"),
+        ("orders", (0, 0), "different"),
         ("orders", (9,), "from 0 to 8"),
         ("orders", (-1,), "from 0 to 8"),
         ("orders", "012", "tuple"),
         ("history", 0, "from 3"),
         ("history", 2, "from 3"),
         ("history", 65, "to 64"),
-        ("history", True, "integer"),
+        ("history", True, "whole number"),
         ("slopes", 1.5, "from 0 to 1"),
         ("slopes", float("nan"), "from 0 to 1"),
         ("horizon_span", -1, "≥ 0"),
@@ -74,7 +74,7 @@ def test_paper_is_the_paper() -> None:
         ("loss", "mse", "cosine, l2, relative_l2, l1"),
         ("granularity", "pixel", "token, sample, batch"),
         ("probe", "second_block", "modulated_input, first_block"),
-        ("sketch", 0, "None or an integer of at least 1"),
+        ("sketch", 0, "None or a whole number of at least 1"),
         ("cache_dtype", "int8", "model, float32, bfloat16, float16"),
         ("offload", "disk", "None or 'cpu'"),
     ],
@@ -117,7 +117,7 @@ def test_json_round_trip_of_a_speedup(speedup: float) -> None:
 
 @pytest.mark.parametrize("other", [{"full_steps": 8}, {"full_steps": (0, 4)}, {"interval": 6}])
 def test_a_speedup_beside_a_number_of_full_steps_contradicts_it(other: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="speedup is 4; it must be left out where full_steps or interval say"):
+    with pytest.raises(ConfigError, match="speedup is 4; it must be left out beside full_steps or interval"):
         TAPConfig(speedup=4, **other)
 
 
@@ -173,7 +173,7 @@ def test_the_paper_with_changes() -> None:
 
 
 def test_two_schedules_at_once_are_refused() -> None:
-    with pytest.raises(ConfigError, match="interval is 4; it must be None where full_steps are given"):
+    with pytest.raises(ConfigError, match="interval is 4; it must be left out beside full_steps"):
         TAPConfig(interval=4, full_steps=8)
 
 
@@ -200,7 +200,9 @@ def test_a_preset_is_for_its_number_of_steps() -> None:
 def test_what_there_is_no_preset_for_is_named(model: str) -> None:
     for full_steps in (9, 13, 21):
         assert len(TAPConfig.preset(model, full_steps).full_steps or ()) == full_steps  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=rf"10 full steps on {model}.*9, 13, 21; TAPConfig\(full_steps=10\)"):
+    with pytest.raises(ConfigError, match=rf"10 full steps for {model}.*9, 13, 21; TAPConfig\(full_steps=10\)"):
         TAPConfig.preset(model, full_steps=10)
-    with pytest.raises(ConfigError, match=r"'flux'; there are flux\.1-dev, qwen-image, wan2\.1-1\.3b, hunyuan-video"):
+    with pytest.raises(
+        ConfigError, match=r"'flux'; there are presets for flux\.1-dev, qwen-image, wan2\.1-1\.3b, hunyuan-video"
+    ):
         TAPConfig.preset("flux", full_steps=9)

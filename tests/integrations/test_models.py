@@ -34,18 +34,48 @@ class TestCatalog:
         assert sum(entry["status"] == "works" for entry in entries) == len(SPECS.keys() - catalog.absent()) >= 46
         assert all(entry["note"] for entry in entries if entry["status"] == "refused")
 
-    def test_the_table_shows_notes_and_reasons(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cli.models, "console", Console(width=400))
+    def test_the_list_is_by_pipeline_with_notes_and_reasons(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cli.models, "console", Console(width=80))
         result = CliRunner().invoke(app, ["models"])
         assert result.exit_code == 0
-        absent = catalog.absent()
-        used_by = len(next(e for e in catalog.catalog() if e.name == "SanaTransformer2DModel").pipelines)
-        for text in (
-            SPECS["PriorTransformer"].note, REFUSED["UVit2DModel"], f"Sana and {used_by - 1} more", *absent
-        ):  # fmt: skip
-            assert text in result.stdout
-        known = SPECS.keys() | REFUSED.keys()
-        assert f"{len(SPECS.keys() - absent)} of {len(known - {*absent})} work" in result.stdout
+        assert max(map(len, result.stdout.splitlines())) <= 80 or catalog.absent()
+        lines = {tuple(line.split()) for line in result.stdout.splitlines()}
+        entries = catalog.catalog()
+        assert {(pipeline, entry.name) for entry in entries for pipeline in entry.pipelines} <= lines
+        text = " ".join(result.stdout.split())
+        for words in (SPECS["PriorTransformer"].note, REFUSED["UVit2DModel"], *catalog.absent()):
+            assert words in text
+        works = [entry for entry in entries if entry.name in SPECS]
+        assert f"{sum(len(entry.pipelines) for entry in works)} pipelines." in text
+        assert f"{len(works)} of {len(entries)} transformer classes work" in text
+
+    def test_a_word_finds_pipelines_and_transformers(self) -> None:
+        def names(*arguments: str) -> set[str]:
+            result = CliRunner().invoke(app, ["models", *arguments], env={"COLUMNS": "80"})
+            assert result.exit_code == 0, result.output
+            return {line.split()[0] for line in result.stdout.splitlines() if line.startswith("  ") and line[2] != " "}
+
+        assert {"WanPipeline", "WanVACEPipeline"} <= names("wan") == names("WAN")
+        assert "FluxPipeline" not in names("wan")
+        assert names("stable diffusion 3 pag") == {"StableDiffusion3PAGImg2ImgPipeline", "StableDiffusion3PAGPipeline"}
+        assert names("UVit2D") == {"AmusedPipeline", "AmusedImg2ImgPipeline", "AmusedInpaintPipeline"}
+        (entry,) = json.loads(CliRunner().invoke(app, ["models", "FluxFill", "--json"]).stdout)
+        assert (entry["name"], entry["pipelines"]) == ("FluxTransformer2DModel", ["FluxFillPipeline"])
+
+    @pytest.mark.parametrize(
+        ("word", "message"),
+        [
+            ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "did you mean Wan?"),
+            ("quen", "did you mean Qwen"),
+            ("xyzzy", "no pipeline or transformer with 'xyzzy' in its name; tap models lists all"),
+            ("StableDiffusionXLImg2Img", "StableDiffusionXLImg2ImgPipeline: no transformer for TAP to accelerate"),
+        ],
+    )
+    def test_a_word_that_finds_nothing(self, word: str, message: str) -> None:
+        result = CliRunner().invoke(app, ["models", word])
+        assert result.exit_code == 2
+        assert message in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
 
     def test_pipelines_are_found(self) -> None:
         entries = {entry.name: entry for entry in catalog.catalog()}

@@ -48,40 +48,53 @@ def bench(
     model: BenchModelOption = None,
     recipe: Annotated[
         str | None,
-        option("What", "--recipe", help="A setting of the paper by name, or a FILE.json; options override it."),
+        option(
+            "What",
+            "--recipe",
+            help="Model, steps and budgets in one: a setting of the paper by name, or a FILE.json.",
+        ),
     ] = None,
     prompt_file: BenchPromptsOption = None,
     dtype: BenchDTypeOption = DType.auto,
     device: BenchDeviceOption = None,
     suite: Annotated[
-        SuiteName, option("What", help="quick: minutes, a few methods; standard: nearly all; paper: more samples.")
+        SuiteName, option("What", help="quick: a few methods in minutes. standard: nearly all. paper: more samples.")
     ] = SuiteName.quick,
     methods: Annotated[
         list[str] | None,
         option(
-            "What", "--methods", help="Names, or a FILE.py with METHODS; repeat or use commas.", default="the suite's"
+            "What",
+            "--methods",
+            help="Methods to compare, by name, or a FILE.py of your own. Repeat, or use commas.",
+            default="the suite's",
         ),
     ] = None,
     budgets: Annotated[
-        str | None, option("What", help="Full evaluations per trajectory, like 14,10,8,6.", default="the suite's")
+        str | None,
+        option("What", help="How many of the steps run the whole model, such as 14,10,8,6.", default="the suite's"),
     ] = None,
-    steps: Annotated[
-        int | None, option("What", help="Denoising steps of the full result.", min=3, default="50")
+    steps: Annotated[int | None, option("What", help="Denoising steps.", min=3, default="50")] = None,
+    samples: Annotated[
+        int | None, option("What", help="Samples per method and budget.", min=1, default="the suite's")
     ] = None,
-    samples: Annotated[int | None, option("What", help="Measured in each cell.", min=1, default="the suite's")] = None,
     repeats: Annotated[
-        int | None, option("What", help="Timed runs of each cell; 0: none.", min=0, default="the suite's")
+        int | None, option("What", help="Timed runs per method and budget. 0: no times.", min=0, default="the suite's")
     ] = None,
     scores: Annotated[
-        str | None, option("What", help="More of them: clip_score, image_reward, lpips.", default="the model's own")
+        str | None, option("What", help="Further scores: clip_score, image_reward, lpips.", default="the model's own")
     ] = None,
     keep: Annotated[
-        bool, option("Output", "--keep", help="Every sample as a file, for scores from elsewhere.")
+        bool, option("Output", "--keep", help="Keep every sample as a file, for scores of your own.")
     ] = False,
-    report_only: Annotated[bool, option("Output", "--report-only", help="Make the report of --out again.")] = False,
-    out: Annotated[Path, option("Output", "--out", "-o", help="Folder; a run begun there goes on.")] = Path("bench"),
+    report_only: Annotated[
+        bool, option("Output", "--report-only", help="Only write the report of --out again.")
+    ] = False,
+    out: Annotated[
+        Path,
+        option("Output", "--out", "-o", help="Folder for the results. A run that was interrupted there continues."),
+    ] = Path("bench"),
 ) -> None:
-    """Compare TAP with other methods, each at its best.
+    """Compare TAP with competing methods, each tuned on separate prompts.
 
     Example: tap bench --suite standard --methods tap,taylorseer-1,euler --budgets 10,8
     """

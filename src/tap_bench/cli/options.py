@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tap_diffusion.apps.cli.options import (
+    DTYPES,
     WHERE,
     DType,
     importing,
@@ -28,14 +28,14 @@ BenchModelOption = Annotated[
         "What",
         "--model",
         "-m",
-        help="emoji, fashion, sprites, scenes, a pipeline's folder, or a hub id.",
+        help="emoji, fashion, sprites or scenes (small, included), a pipeline's folder, or a hub id.",
         default="emoji",
     ),
 ]
 BenchPromptsOption = Annotated[
-    Path | None, option("What", "--prompts", help="File with one prompt a line, for a folder or hub id.")
+    Path | None, option("What", "--prompts", help="File with one prompt per line. Needed with a folder or hub id.")
 ]
-BenchDTypeOption = Annotated[DType, option("What", help="auto: bfloat16 on a GPU, float32 on a CPU.")]
+BenchDTypeOption = Annotated[DType, option("What", **DTYPES)]
 BenchDeviceOption = Annotated[
     str | None, option("What", help="cpu, cuda, cuda:1, …", default=f"{WHERE}; the bench's own models: cpu")
 ]
@@ -45,8 +45,6 @@ def setup(
     model: str | None, recipe: str | None, prompt_file: Path | None, dtype: DType, device: str | None
 ) -> tuple[BenchModel, Recipe | None]:
     """The model to run, and the recipe that gives its steps and budgets, if there is one."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     with importing():
         from tap_bench import recipes
         from tap_bench.models import MODELS, any_pipeline
@@ -83,4 +81,4 @@ def read_budgets(text: str) -> list[int]:
     try:
         return list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
-        raise UsageError(f"budgets '{text}' are not integers with commas between, like 14,10,8,6") from None
+        raise UsageError(f"'{text}' is not a list of whole numbers with commas, such as 14,10,8,6") from None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 from tap_diffusion.apps.cli.options import (
+    DTYPES,
     WHERE,
     DType,
     console,
@@ -24,37 +24,45 @@ from tap_diffusion.core.errors import ConfigError, UnsupportedModelError, UsageE
 def profile(
     size: Annotated[
         str | None,
-        option("What", "--size", help="A transformer of true size with random weights: flux, dit-xl, …", default=""),
+        option(
+            "What",
+            "--size",
+            help="A transformer of full size with random weights: flux, qwen-image, dit-xl, wan-1.3b, …",
+        ),
     ] = None,
     model: Annotated[
         str | None,
-        option("What", "--model", "-m", help="Or emoji, fashion, sprites, scenes, a pipeline's folder, or a hub id."),
+        option(
+            "What", "--model", "-m", help="Instead: emoji, fashion, sprites, scenes, a pipeline's folder, or a hub id."
+        ),
     ] = None,
     blocks: Annotated[
-        int | None, option("What", help="Of each kind at most, at true width.", default="all", min=1)
+        int | None, option("What", help="Use only this many blocks of each kind.", default="all", min=1)
     ] = None,
     resolution: Annotated[
-        str | None, option("What", help="In pixels, like 1024 or 480x832 (height first).", default="the size's own")
+        str | None, option("What", help="In pixels: 1024, or 480x832 (height first).", default="the size's own")
     ] = None,
-    frames: Annotated[int | None, option("What", help="Of a video.", default="the size's own", min=1)] = None,
-    batch: Annotated[int | None, option("What", help="Samples.", default="the size's own", min=1)] = None,
-    dtype: Annotated[DType, option("What", help="auto: bfloat16 on a GPU, float32 on a CPU.")] = DType.auto,
+    frames: Annotated[int | None, option("What", help="Frames of a video.", default="the size's own", min=1)] = None,
+    batch: Annotated[int | None, option("What", help="Samples at once.", default="the size's own", min=1)] = None,
+    dtype: Annotated[DType, option("What", **DTYPES)] = DType.auto,
     device: Annotated[str | None, option("What", help="cpu, cuda, cuda:1, …", default=WHERE)] = None,
     steps: Annotated[int, option("How", help="Denoising steps.", min=6)] = 50,
-    full_steps: Annotated[int, option("How", help="How many of them are full.", min=2)] = 8,
-    repeats: Annotated[int, option("How", help="Trajectories that are timed.", min=1)] = 3,
+    full_steps: Annotated[int, option("How", help="How many of them run the whole model.", min=2)] = 8,
+    repeats: Annotated[int, option("How", help="Timed runs.", min=1)] = 3,
     processor_time: Annotated[
-        bool, option("How", "--processor-time", help="Not time on the clock, for a CPU that others use too.")
+        bool, option("How", "--processor-time", help="Count processor time instead of clock time, for a busy CPU.")
     ] = False,
     scaling: Annotated[
-        bool, option("How", "--scaling", help="How time and cache grow with tokens and depth, instead.")
+        bool, option("How", "--scaling", help="Instead: how time and cache grow with tokens and depth.")
     ] = False,
     peers: Annotated[
-        bool, option("How", "--peers", help="Whole loops beside those of other packages' caches, instead.")
+        bool, option("How", "--peers", help="Instead: time whole runs beside other packages' caches.")
     ] = False,
-    out: Annotated[Path, option("Output", "--out", "-o", help="Folder for JSON and picture.")] = Path("profile"),
+    out: Annotated[
+        Path, option("Output", "--out", "-o", help="Folder for the results, as JSON and as a picture.")
+    ] = Path("profile"),
 ) -> None:
-    """Measure what a predicted step costs, part by part, beside the least that it could.
+    """Measure where the time of a predicted step goes, and the least that it could take.
 
     Example: tap profile --size flux --blocks 1 --resolution 512, or --size dit-xl --scaling
     """
@@ -71,8 +79,6 @@ def profile(
             raise UsageError(f"{full_steps} full steps leave none of {steps} to predict")
         height, width = _sides(resolution)
         make_writable(out)
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
         with importing():
             from tap_bench.profile import report as reports
             from tap_bench.profile.subjects import of_model, of_size

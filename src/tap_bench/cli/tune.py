@@ -30,18 +30,22 @@ from tap_diffusion.core.errors import ConfigError, UnsupportedModelError, UsageE
 
 def tune(
     model: BenchModelOption = None,
-    recipe: Annotated[str | None, option("What", "--recipe", help="As tap bench has it.")] = None,
+    recipe: Annotated[str | None, option("What", "--recipe", help="As in tap bench.")] = None,
     prompt_file: BenchPromptsOption = None,
     dtype: BenchDTypeOption = DType.auto,
     device: BenchDeviceOption = None,
-    budgets: Annotated[str, option("What", "--full-steps", help="How many, with commas between.")] = "14,10,8,6",
+    budgets: Annotated[
+        str, option("What", "--full-steps", help="How many steps run the whole model: a preset for each number.")
+    ] = "14,10,8,6",
     steps: Annotated[int | None, option("What", help="Denoising steps.", min=3, default="50")] = None,
     samples: Annotated[int, option("Search", help="Prompts to search on.", min=1)] = 16,
-    verified: Annotated[int, option("Search", help="Other prompts to verify on.", min=1)] = 32,
+    verified: Annotated[int, option("Search", help="Other prompts to check the result on.", min=1)] = 32,
     evaluations: Annotated[int, option("Search", help="Schedules to try for each number.", min=1)] = 60,
     out: Annotated[Path, option("Output", "--out", "-o", help="Folder for the presets.")] = Path("presets"),
 ) -> None:
-    """Plan which steps are full for a model, from a few prompts, and verify it on others.
+    """Search for the best steps to run in full, for your model and prompts.
+
+    The result is checked on other prompts. Where it isn't better there, the preset holds the default's steps.
 
     Example: tap tune --model emoji --full-steps 8 --out presets, then tap generate --config presets/8.json
     """

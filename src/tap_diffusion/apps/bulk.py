@@ -31,9 +31,12 @@ import pyarrow.parquet as pq
 import torch
 
 from tap_diffusion import __version__
+from tap_diffusion.apps.cut_off import watched
 from tap_diffusion.apps.files import FPS, difference, write_whole
 from tap_diffusion.apps.generate import Request, draw, load_pipeline
+from tap_diffusion.apps.lora import Lora
 from tap_diffusion.apps.media import encoded
+from tap_diffusion.apps.pipelines import longest_prompt
 from tap_diffusion.apps.prompts_file import ROWS, Row, batches
 from tap_diffusion.core.config import TAPConfig
 from tap_diffusion.core.errors import UsageError
@@ -46,6 +49,7 @@ MANIFEST = pa.schema(
         *ROWS,
         ("file", pa.string()),  # in the output folder; null where there is an error
         ("error", pa.string()),
+        ("cut_off", pa.string()),  # how a tokenizer cut the prompt; null where none did
         ("seconds", pa.float64()),  # share of the time of its batch
         ("batch", pa.int64()),  # pictures generated with it, itself included
         ("full_steps", pa.int64()),
@@ -67,6 +71,7 @@ class Settings:
         dtype: name of a torch dtype.
         guidance, frames: as in :class:`~tap_diffusion.apps.generate.Request`.
         fps: frames a second of videos.
+        loras, compiled: as :func:`~tap_diffusion.apps.generate.load_pipeline` takes them.
     """
 
     model: str
@@ -76,6 +81,8 @@ class Settings:
     config: TAPConfig
     frames: int | None = None
     fps: int = FPS
+    loras: tuple[Lora, ...] = ()
+    compiled: bool = False
 
     def to_json(self) -> str:
         """All fields, and the versions that a picture depends on."""
@@ -115,6 +122,11 @@ def generate_many(
         )
     if Path(settings.model).is_dir():
         settings = replace(settings, model=str(Path(settings.model).resolve()))  # workers may start in another folder
+    loras = tuple(
+        replace(lora, source=str(Path(lora.source).resolve())) if Path(lora.source).exists() else lora
+        for lora in settings.loras
+    )
+    settings = replace(settings, loras=loras)
     manifest = Manifest(out)
     finished = manifest.finished(rows, settings)
     progress(len(finished), 0)
@@ -226,7 +238,9 @@ class Worker:
 
     def __init__(self, settings: Settings, device: str) -> None:
         self.settings = settings
-        self.pipe: Any = load_pipeline(settings.model, getattr(torch, settings.dtype), device)
+        self.pipe: Any = load_pipeline(
+            settings.model, getattr(torch, settings.dtype), device, loras=settings.loras, compiled=settings.compiled
+        )
         self.pipe.set_progress_bar_config(disable=True)
         self._request(None, None).check(self.pipe)
         enable(self.pipe, settings.config)
@@ -254,9 +268,11 @@ class Worker:
     def _entries(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         start = time.perf_counter()
         request = self._request(rows[0].width, rows[0].height)
-        replace(request, prompts=[row.prompt for row in rows]).check(self.pipe)
+        prompts = [row.prompt for row in rows]
+        replace(request, prompts=prompts).check(self.pipe)
         columns = zip(*((row.prompt, row.seed, row.negative_prompt) for row in rows), strict=True)
-        samples = draw(self.pipe, request, *columns)
+        with watched(self.pipe, prompts, longest_prompt(self.pipe, request.arguments(self.pipe))) as cut:
+            samples = draw(self.pipe, request, *columns)
         account = report(self.pipe)
         if account.fallbacks and len(rows) > 1:
             raise _Coupled("a value of one sample that is not finite made a step full for all of them")
@@ -270,7 +286,9 @@ class Worker:
             "predicted_steps": account.predicted_steps,
         }
         return [
-            asdict(row) | common | {"file": f"pictures/{row.stem}{suffix}", "content": content}
+            asdict(row)
+            | common
+            | {"file": f"pictures/{row.stem}{suffix}", "content": content, "cut_off": cut.of(row.prompt)}
             for row, (suffix, content) in zip(rows, files, strict=True)
         ]
 

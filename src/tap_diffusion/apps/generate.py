@@ -6,6 +6,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -15,15 +16,18 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from tap_diffusion import __version__
-from tap_diffusion.apps import media, pipelines
+from tap_diffusion.apps import lora, media, pipelines
+from tap_diffusion.apps.cut_off import watched
 from tap_diffusion.apps.files import FPS
+from tap_diffusion.apps.lora import Lora
 from tap_diffusion.apps.results import COLUMNS, SHEETS, SIZE, Results
 from tap_diffusion.apps.sheets import choices_sheet
-from tap_diffusion.core.config import TAPConfig
-from tap_diffusion.core.errors import ConfigError, UsageError
+from tap_diffusion.core.config import DEFAULT_SPEEDUP, TAPConfig
+from tap_diffusion.core.errors import ConfigError, UsageError, told_by, warn
 from tap_diffusion.core.report import Report
 from tap_diffusion.integrations.diffusers.api import enabled, report, supported, transformers
 from tap_diffusion.integrations.diffusers.versions import of_dtype
@@ -37,16 +41,26 @@ APART = {
 }  # the project's own, and the extras that bring them
 
 
-def load_pipeline(model: str, dtype: torch.dtype, device: str, offload: bool = False) -> DiffusionPipeline:
+def load_pipeline(
+    model: str,
+    dtype: torch.dtype,
+    device: str,
+    offload: bool = False,
+    loras: Sequence[Lora] = (),
+    compiled: bool = False,
+) -> DiffusionPipeline:
     """Load a pipeline with diffusers' own loading code.
 
     Args:
         model: ``emoji`` (the embedded model), ``fashion``, ``sprites`` or ``scenes`` (the bench's), a folder with a
             ``model_index.json``, or a hub id ``owner/name``.
         offload: keep the parts in host memory while they are not needed.
+        loras: adapters that act together.
+        compiled: compile the transformer's blocks, see :func:`~tap_diffusion.apps.pipelines.compile_blocks`.
 
     Raises:
-        UsageError: there is no such model, or the hub could not be reached; or there is nothing to offload from.
+        UsageError: there is no such model or adapter, or the hub could not be reached; there is nothing to offload
+            from; or the pipeline takes no adapters.
     """
     if offload and device == "cpu":
         raise UsageError("offloading is for a GPU, whose memory a model doesn't fit in")
@@ -69,19 +83,40 @@ def load_pipeline(model: str, dtype: torch.dtype, device: str, offload: bool = F
             f"unknown model '{model}': give {', '.join(APART)}, a folder with a model_index.json, or a hub id"
             " owner/name"
         )
-    try:
+    with _loading(model):
         pipe = kind.from_pretrained(source, **of_dtype(dtype))
-    except (OSError, ValueError, AttributeError) as error:  # the last: diffusers has no such pipeline
-        if not path.is_dir() and _is_connection_error(error):
-            raise UsageError(
-                f"the hub could not be reached to load '{model}', and it is not in the local cache;"
-                " connect to the network, or give a folder"
-            ) from error
-        raise UsageError(f"could not load '{model}': {_first_line(error)}") from error
+    names = [f"lora_{i}" for i in range(len(loras))]
+    for name, adapter in zip(names, loras, strict=True):
+        lora.check(pipe, adapter)
+        with _loading(adapter.source):
+            lora.load(pipe, adapter, name)
+    if loras:
+        lora.activate(pipe, loras, names)
+    if compiled:
+        pipelines.compile_blocks(pipe)
     if not offload:
         return pipe.to(device)
     pipe.enable_model_cpu_offload(device=device)
     return pipe
+
+
+@contextmanager
+def _loading(what: str) -> Iterator[None]:
+    """Tell in a line why something could not be loaded, from a folder, a file or the hub."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        if not Path(what).exists() and _is_connection_error(error):
+            raise UsageError(
+                f"the hub could not be reached to load '{what}', and it is not in the local cache;"
+                " connect to the network, or give a folder"
+            ) from error
+        # AttributeError: diffusers has no such pipeline; LookupError, RuntimeError: an adapter is of another model.
+        if isinstance(error, OSError | ValueError | AttributeError | LookupError | RuntimeError | SafetensorError):
+            raise UsageError(f"could not load '{what}': {_first_line(error)}") from error
+        raise
 
 
 def prompt_for(model: str, prompt: str) -> str:
@@ -105,7 +140,8 @@ def _is_connection_error(error: BaseException) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 @dataclass(frozen=True)
@@ -134,8 +170,9 @@ class Request:
         """Raise UsageError for what this pipeline can't do, or UnsupportedModelError."""
         supported(pipe)
         title, known = type(pipe).__name__, pipelines.parameters(pipe)
-        if pipelines.condition(pipe) == "class_labels" and not all(prompt.isdecimal() for prompt in self.prompts):
-            raise UsageError(f"{title} draws classes: give their numbers in place of prompts")
+        if pipelines.condition(pipe) == "class_labels":
+            for prompt in self.prompts:
+                pipelines.class_number(pipe, prompt)
         if pipelines.frames_argument(pipe) is not None:
             media.check_videos()
         elif self.frames is not None:
@@ -171,6 +208,11 @@ class Request:
         if name == "true_cfg_scale":  # without a negative prompt it would have no effect
             arguments["negative_prompt"] = ""
         return arguments | {name: self.guidance}
+
+    @property
+    def texts(self) -> list[str]:
+        """Everything that a tokenizer reads."""
+        return [*self.prompts, *filter(None, [self.negative_prompt])]
 
     def part(self, batch: range) -> Request:
         """The request of one batch, whose prompts keep their seeds."""
@@ -237,7 +279,9 @@ def draw(
     elif "negative_prompt" in arguments:
         arguments["negative_prompt"] = [""] * len(prompts)
     name = pipelines.condition(pipe)
-    arguments[name] = [int(label) for label in prompts] if name == "class_labels" else list(prompts)
+    arguments[name] = (
+        [pipelines.class_number(pipe, prompt) for prompt in prompts] if name == "class_labels" else list(prompts)
+    )
     try:
         output = pipe(**arguments)
     except ConfigError:
@@ -278,6 +322,7 @@ def generate(
     note: Callable[[str], None] = lambda _: None,
     fps: int = FPS,
     overwrite: bool = False,
+    loras: Sequence[Lora] = (),
 ) -> dict[str, Any]:
     """Generate with TAP, and with ``compare`` without it too, into a folder, batch by batch.
 
@@ -289,6 +334,10 @@ def generate(
         note: is told each sheet that was written, and ``report.json``.
         fps: frames a second of videos.
         overwrite: delete what an earlier run left in the folder, instead of going on with it.
+        loras: adapters that the pipeline was loaded with, which the report names.
+
+    Warns:
+        of each prompt that a tokenizer cut off.
 
     Returns:
         what report.json holds, and under ``found`` how many of the prompts an earlier run had done.
@@ -298,26 +347,29 @@ def generate(
     """
     request.check(pipe)
     settings = _settings(pipe, model, request, config, fps) | {"compare": compare, "repeats": repeats}
+    settings["loras"] = [asdict(adapter) for adapter in loras]
     results = Results(out, settings, overwrite)
     found = results.done
     todo = [batch for batch in request.batches(pipe) if batch.start >= found]
     kinds = ("full", "tap") if compare else ("tap",)
-    if compare and todo:  # the first steps of a process are slower, which must not count
-        first = request.part(todo[0])
-        run(pipe, replace(first, steps=min(2, request.steps)), "warm-up")
+    if compare or pipelines.is_compiled(pipe):
+        _warm_up(pipe, request, config, todo)
 
     for batch in todo:
         part, label = request.part(batch), f"{batch.stop} of {len(request.prompts)}"
         samples: dict[str, Tensor] = {}
         seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
-        for _ in range(repeats):
-            if compare:
-                samples["full"], elapsed = run(pipe, part, f"full {label}")
-                seconds["full"].append(elapsed)
-            with enabled(pipe, config):
-                samples["tap"], elapsed = run(pipe, part, f"TAP  {label}")
-                account = report(pipe)
-            seconds["tap"].append(elapsed)
+        with watched(pipe, part.texts, pipelines.longest_prompt(pipe, part.arguments(pipe))) as cut:
+            for _ in range(repeats):
+                if compare:
+                    samples["full"], elapsed = run(pipe, part, f"full {label}")
+                    seconds["full"].append(elapsed)
+                with enabled(pipe, config):
+                    samples["tap"], elapsed = run(pipe, part, f"TAP  {label}")
+                    account = report(pipe)
+                seconds["tap"].append(elapsed)
+        for message in cut.messages():
+            warn(message)
         values = psnr(samples["tap"], samples["full"]) if compare else []
         results.add(samples, seconds, _size(samples["tap"]) | account.to_dict(), values, fps)
         maps = _choices(pipe, part, account, samples["tap"])
@@ -330,6 +382,19 @@ def generate(
         if (out / name).exists():
             note(name)
     return results.report | {"found": found}
+
+
+def _warm_up(pipe: Any, request: Request, config: TAPConfig, todo: Sequence[range]) -> None:
+    """What happens once must not count as time: a process's first steps are slower, and compiled blocks are compiled
+    at their first call, for each size of batch."""
+    compiled = pipelines.is_compiled(pipe)
+    short = replace(config, speedup=DEFAULT_SPEEDUP, full_steps=(0, 1, 3), interval=None, steps=None)
+    for batch in {len(batch): batch for batch in todo}.values() if compiled else todo[:1]:
+        part = request.part(batch)
+        run(pipe, replace(part, steps=min(2, request.steps)), "warm-up")
+        if compiled:
+            with told_by(lambda _: None), enabled(pipe, short):
+                run(pipe, replace(part, steps=5), "warm-up")
 
 
 def _choices(pipe: Any, request: Request, account: Report, pictures: Tensor) -> Image.Image | None:
@@ -371,6 +436,7 @@ def _settings(pipe: Any, model: str, request: Request, config: TAPConfig, fps: i
         "fps": fps,
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": str(pipe._execution_device),  # where parts are only while they run, if offloaded
+        "compiled": pipelines.is_compiled(pipe),
         "config": config.to_dict(),
         "versions": {
             "tap_diffusion": __version__,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 
 from tap_diffusion.core.errors import UsageError
-from tap_diffusion.integrations.diffusers.api import transformers
+from tap_diffusion.integrations.diffusers.api import supported, transformers
+from tap_diffusion.integrations.specs import SPECS
 
 CONDITIONS = ("prompt", "class_labels")
+_SHOWN = 20  # classes that an error lists
 _FRAMES = ("num_frames", "frames", "video_length")
 _SCALES = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor")
 
@@ -66,6 +69,57 @@ def guidance_argument(pipe: Any) -> str | None:
 def embeds_guidance(pipe: Any) -> bool:
     """Whether the transformer takes the guidance scale as an input, as that of FLUX.1-dev does."""
     return bool(_config(pipe).get("guidance_embeds", False))
+
+
+def class_number(pipe: Any, text: str) -> int:
+    """The class label that a text means: its number, or its name where the pipeline knows names.
+
+    Raises:
+        UsageError: there is no such class. The message lists those that there are.
+    """
+    title, names = type(pipe).__name__, class_names(pipe)
+    count = _config(pipe).get("num_embeds_ada_norm") or float("inf")
+    if text.isdecimal() and int(text) < count:
+        return int(text)
+    wanted = text.strip().casefold()
+    if wanted in names:
+        return names[wanted]
+    known = [f"{number} {name}" for name, number in names.items()]
+    if len(known) > _SHOWN:  # ImageNet's thousand
+        near = [f"{names[name]} {name}" for name in difflib.get_close_matches(wanted, names, 3)]
+        known = [*near, "…"] if near else [*known[:3], "…", known[-1]]
+    listed = ", ".join(known) or (f"0 to {count - 1}" if count != float("inf") else "their numbers")
+    raise UsageError(f"{title} draws classes, and '{text}' is none of them: give {listed}")
+
+
+def class_names(pipe: Any) -> dict[str, int]:
+    """Names of a pipeline's classes, as in the ``labels`` of diffusers' ``DiTPipeline``, in small letters."""
+    return {name.casefold(): number for name, number in (getattr(pipe, "labels", None) or {}).items()}
+
+
+def longest_prompt(pipe: Any, arguments: Mapping[str, Any]) -> int | None:
+    """Tokens of a prompt that the pipeline uses, by its ``max_sequence_length``; None where it has no such limit."""
+    known = parameters(pipe).get("max_sequence_length")
+    limit = arguments.get("max_sequence_length", known.default if known is not None else None)
+    return limit if isinstance(limit, int) else None
+
+
+def compile_blocks(pipe: Any) -> None:
+    """Compile the transformers' blocks: those that diffusers names for its class, or those that TAP knows of."""
+    found: list[Any] = supported(pipe)
+    for transformer in found:
+        if getattr(transformer, "_repeated_blocks", None):
+            transformer.compile_repeated_blocks()
+            continue
+        spec = next(SPECS[kind.__name__] for kind in type(transformer).__mro__ if kind.__name__ in SPECS)
+        for block in (block for name in spec.blocks for block in transformer.get_submodule(name).children()):
+            block.compile()
+
+
+def is_compiled(pipe: Any) -> bool:
+    """Whether a part of the transformers is compiled."""
+    modules = (module for transformer in transformers(pipe) for module in transformer.modules())
+    return any(module._compiled_call_impl is not None for module in modules)
 
 
 def multiple(pipe: Any) -> int:

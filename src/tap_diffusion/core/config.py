@@ -29,56 +29,58 @@ ENOUGH_CHANNELS = 384  # of the probe, to tell which candidate is best; on model
 
 @dataclass(frozen=True, kw_only=True)
 class TAPConfig:
-    """How TAP accelerates a model. Every field is validated on construction.
+    """How TAP accelerates a model. Every field is checked when the object is made.
 
-    The defaults are the recommended settings, which go beyond the paper (docs/beyond.md); :meth:`paper` is the paper.
+    The defaults are recommended. They go beyond the paper (docs/beyond.md); :meth:`paper` gives the paper's settings.
+
+    A *full* step runs the whole model. A *predicted* step runs only its input and output layers.
 
     Args:
-        speedup: steps for each full one, where neither ``full_steps`` nor ``interval`` is given. At least 6 steps
-            are full, or all where there are fewer.
-        full_steps: how many steps of a trajectory are full, spaced as ``clock`` says; or exactly which, counted
-            from its start, the first among them.
-        interval: the paper's N: after the ``warmup`` one step in this many is full; 1: every step.
-        warmup: full steps at the start of each trajectory, with ``interval``.
-        steps: length of a trajectory, for a transformer by itself, whose scheduler TAP doesn't know. Without it
-            ``speedup`` means an ``interval`` of as much, rounded. Beside a tuple of ``full_steps``: the length that
-            they are for; another is an error.
-        clock: where full steps are even and how predictors extrapolate: in the ``step``, as in the paper, or by what
-            the scheduler's ``noise`` says: full steps are even in a time that is the denser at the start the more
-            tokens a picture or video has (:attr:`Timeline.spacing <tap_diffusion.core.timeline.Timeline.spacing>`;
-            ``tap plan`` shows which), and predictors extrapolate in windows between full steps, wherever these are
-            (:attr:`Timeline.clock <tap_diffusion.core.timeline.Timeline.clock>`).
-        hindsight: share of the error of the predicted steps that the next full step makes up for
-            (:meth:`Timeline.hindsight <tap_diffusion.core.timeline.Timeline.hindsight>`): 1 all, 0 nothing, as in the
-            paper. It costs another predicted step at each full step, and needs to know the scheduler.
-        family: predictors to choose from, a key of :data:`tap_diffusion.core.predictors.FAMILIES`.
-        orders: orders of the candidates. Order 0 reuses the newest anchor; order m needs m + 1 anchors. With a
-            single order and ``horizon_span=0`` nothing is left to choose: a fixed predictor, and no probe runs.
-        slopes: share of each candidate's extrapolation that is carried out, the rest being reuse of the newest anchor:
-            1 all of it, as in the paper, 0 nothing. None: all, but with fewer than ten full steps that are dense at the
-            start a tenth for each (:attr:`Timeline.slopes <tap_diffusion.core.timeline.Timeline.slopes>`), and nothing
-            where the scheduler adds fresh noise and the model does not predict noise
+        speedup: target speed-up: one step in this many is full. At least 6 steps are full, so short runs reach less.
+        full_steps: instead, how many steps are full, placed as ``clock`` says. Or exactly which, as a tuple of step
+            numbers from 0 upwards; 0 must be among them.
+        interval: instead, the paper's N: after the ``warmup``, one step in this many is full. 1 makes all steps full.
+        warmup: with ``interval``: how many steps at the start are full.
+        steps: number of denoising steps of a run. Needed only for a transformer without a pipeline, whose scheduler
+            TAP can't see; without it, ``speedup`` then acts as an ``interval`` of that many steps, rounded. With a
+            tuple of ``full_steps``: the number of steps that they are meant for; runs of another length raise an error.
+        clock: what decides where full steps go, and the time that predictors extrapolate in. ``noise`` uses the
+            scheduler's noise: full steps are denser at the start the more tokens a picture or video has
+            (:attr:`Timeline.spacing <tap_diffusion.core.timeline.Timeline.spacing>`; ``tap plan`` shows which), and
+            predictors extrapolate in :attr:`Timeline.clock <tap_diffusion.core.timeline.Timeline.clock>`. ``step``
+            counts steps, as in the paper.
+        hindsight: how much of the last predictions' error each full step corrects: 1 all, 0 nothing, as in the paper
+            (:meth:`Timeline.hindsight <tap_diffusion.core.timeline.Timeline.hindsight>`). Costs one more predicted step
+            at each full step, and needs a scheduler that TAP knows.
+        family: kind of predictor, a key of :data:`tap_diffusion.core.predictors.FAMILIES`.
+        orders: orders of the candidate predictions that TAP chooses from. Order 0 reuses the last full step's result;
+            order m extrapolates from the last m + 1 full steps. With one order and ``horizon_span=0`` there is nothing
+            to choose, and the probe is skipped.
+        slopes: how far each candidate extrapolates, from 0 (reuse the last full step's result) to 1 (all the way, as in
+            the paper). None: 1, but a tenth for each full step where fewer than ten are dense at the start
+            (:attr:`Timeline.slopes <tap_diffusion.core.timeline.Timeline.slopes>`), and 0 where the scheduler adds
+            fresh noise and the model does not predict noise
             (:attr:`Timeline.reuses <tap_diffusion.core.timeline.Timeline.reuses>`).
-        history: anchors to keep, for families that use more than the largest order plus one, which is the default.
-            The cache grows with it, and so does rounding, since differences are kept: above 8 use
-            ``cache_dtype="float32"``, which suffices up to about 14.
-        horizon_span: λ of the paper. A candidate of order 1 or more, k steps after the newest anchor, comes with
-            each horizon in {k - λ, …, k}.
-        horizon_step: δ of the paper, the spacing of these horizons.
-        loss: proxy loss between predicted and actual probe features.
-        granularity: over what the argmin is taken: each token, each sample, or the whole batch. With ``batch``
-            the result of a sample depends on the others in its batch.
-        probe: features that the proxy loss compares: ``modulated_input`` of the first block, or what the
-            ``first_block`` adds to the hidden states (dearer: it runs the whole block).
-        sketch: keep one in this many channels of the probe features, and compare them on these alone: nearly half the
-            cache can be saved. 1: all, as in the paper. None: as many as leave at least 384.
-        cache_dtype: of the cache; ``model`` is that of the hidden states. Differences are formed in float32 or better
-            whatever it is.
-        offload: ``cpu`` keeps the cache in host memory (pinned, beside a GPU) while full steps run, whose activations
-            are what a GPU's memory must suffice for. It costs about two transfers of the cache for each full call.
+        history: how many full steps to keep in the cache, for families that use more than the largest order plus one,
+            which is the default. More take more memory and add rounding errors: above 8 use ``cache_dtype="float32"``,
+            which suffices up to about 14.
+        horizon_span: λ of the paper. A candidate of order 1 or more, k steps after the last full step, comes with every
+            horizon from k - λ to k.
+        horizon_step: δ of the paper, the distance between these horizons.
+        loss: how predicted and actual probe features are compared.
+        granularity: what shares one choice of candidate: each token, each sample, or the whole batch. With ``batch``, a
+            sample's result depends on the others in its batch.
+        probe: the features that are compared. ``modulated_input``: what enters the first block's attention.
+            ``first_block``: what the whole first block adds, which takes longer.
+        sketch: compare only one in this many channels of the features, which can save nearly half the cache. 1 compares
+            all, as in the paper. None leaves at least 384.
+        cache_dtype: dtype of the cache. ``model`` is the dtype of the model's hidden states. Differences are always
+            computed in float32 or better.
+        offload: ``cpu`` keeps the cache in host memory (pinned, with a GPU) while full steps run, which is when a GPU's
+            memory is fullest. Costs about two transfers of the cache for each full step.
 
     Raises:
-        ConfigError: a value is not allowed.
+        ConfigError: a value is not allowed. The message says what is.
     """
 
     speedup: float = DEFAULT_SPEEDUP
@@ -116,17 +118,21 @@ class TAPConfig:
         yield (
             "full_steps",
             full is None or _is_schedule(full) or (not isinstance(full, tuple) and _is_count(full)),
-            "None, an integer of at least 1, or a tuple of rising integers that starts with 0",
+            "None, a whole number of at least 1, or a tuple of rising step numbers that starts with 0",
         )
-        yield "interval", self.interval is None or _is_count(self.interval), "None or an integer of at least 1"
-        yield "interval", self.interval is None or full is None, "None where full_steps are given"
+        yield "interval", self.interval is None or _is_count(self.interval), "None or a whole number of at least 1"
+        yield (
+            "interval",
+            self.interval is None or full is None,
+            "left out beside full_steps, which also says how many steps are full; give one of them",
+        )
         yield (
             "speedup",
             speedup == DEFAULT_SPEEDUP or (full is None and self.interval is None),  # as if it were left out
-            "left out where full_steps or interval say how many steps are full",
+            "left out beside full_steps or interval, which also say how many steps are full; give one of them",
         )
-        yield "warmup", _is_count(self.warmup), "an integer of at least 1"
-        yield "steps", self.steps is None or _is_count(self.steps), "None or at least 1"
+        yield "warmup", _is_count(self.warmup), "a whole number of at least 1"
+        yield "steps", self.steps is None or _is_count(self.steps), "None or a whole number of at least 1"
         yield "clock", *_among(self.clock, get_args(Clock))
         yield "hindsight", _is_number(self.hindsight) and 0 <= self.hindsight <= 2, "a number from 0 to 2"
         yield "family", *_among(self.family, FAMILIES)
@@ -136,26 +142,26 @@ class TAPConfig:
             and len(self.orders) > 0
             and all(_is_int(order) and 0 <= order <= MAX_ORDER for order in self.orders)
             and len(set(self.orders)) == len(self.orders),
-            f"a non-empty tuple of distinct integers from 0 to {MAX_ORDER}",
+            f"a tuple of different whole numbers from 0 to {MAX_ORDER}, at least one",
         )
         slopes, needed = self.slopes, max(self.orders) + 1
-        yield "slopes", slopes is None or (_is_number(slopes) and 0 <= slopes <= 1), "None or from 0 to 1"
+        yield "slopes", slopes is None or (_is_number(slopes) and 0 <= slopes <= 1), "None or a number from 0 to 1"
         yield (
             "history",
             self.history is None or (_is_int(self.history) and needed <= self.history <= MAX_HISTORY),
-            f"None or an integer from {needed}, the largest of its orders plus one, to {MAX_HISTORY}",
+            f"None or a whole number from {needed}, the largest order plus one, to {MAX_HISTORY}",
         )
         yield "horizon_span", _is_number(span) and span >= 0, "a number ≥ 0"
         yield "horizon_step", _is_number(step) and step > 0, "a number > 0"
         yield (
             "horizon_step",
             len(self.orders) * (span / step + 1) <= 255,
-            f"large enough for at most 255 candidates (horizon_span is {span})",
+            f"larger, so that a horizon_span of {span} gives at most 255 candidates",
         )
         yield "loss", *_among(self.loss, get_args(Loss))
         yield "granularity", *_among(self.granularity, get_args(Granularity))
         yield "probe", *_among(self.probe, get_args(Probe))
-        yield "sketch", self.sketch is None or _is_count(self.sketch), "None or an integer of at least 1"
+        yield "sketch", self.sketch is None or _is_count(self.sketch), "None or a whole number of at least 1"
         yield "cache_dtype", *_among(self.cache_dtype, get_args(CacheDType))
         yield "offload", self.offload in (None, "cpu"), "None or 'cpu'"
 
@@ -164,8 +170,8 @@ class TAPConfig:
         """The paper's settings: 3 warm-up steps, Taylor orders 0 to 2, λ = 4, δ = 1, cosine, per token.
 
         Args:
-            interval: N, by default 6, or None where ``changes`` name the ``full_steps``.
-            changes: fields that are to differ from the paper.
+            interval: the paper's N; 6 unless ``changes`` give ``full_steps``.
+            changes: fields that differ from the paper.
         """
         if interval is None and "full_steps" not in changes:
             interval = 6
@@ -178,9 +184,9 @@ class TAPConfig:
 
     @classmethod
     def preset(cls, model: str, full_steps: int, **changes: Any) -> TAPConfig:
-        """The full steps that a search on a real model found (arXiv 2609.39343), for trajectories of 50 steps.
+        """The full steps that a published search found best for a model (arXiv 2609.39343), for runs of 50 steps.
 
-        Other trajectories are refused: there, and with other numbers of full steps, the default spacing is meant.
+        Runs of another length raise an error. Use the default placement there, and for other numbers of full steps.
 
         Args:
             model: ``flux.1-dev``, ``qwen-image``, ``wan2.1-1.3b`` or ``hunyuan-video``.
@@ -191,26 +197,26 @@ class TAPConfig:
             ConfigError: there is none. The message names those that there are.
         """
         if model not in PRESETS:
-            raise ConfigError(f"there is no preset for {model!r}; there are {', '.join(PRESETS)}")
+            raise ConfigError(f"there is no preset for {model!r}; there are presets for {', '.join(PRESETS)}")
         found = PRESETS[model]
         if full_steps not in found:
             raise ConfigError(
-                f"no search for {full_steps} full steps on {model} is known, only for {', '.join(map(str, found))};"
-                f" TAPConfig(full_steps={full_steps}) spaces them by a rule"
+                f"there is no preset of {full_steps} full steps for {model}, only of {', '.join(map(str, found))};"
+                f" TAPConfig(full_steps={full_steps}) places them by a rule"
             )
         settings: dict[str, Any] = {"full_steps": found[full_steps], "steps": STEPS}
         return cls(**settings | changes)
 
     @property
     def predicts(self) -> bool:
-        """Whether any step of a trajectory that is long enough is predicted."""
+        """Whether any step is predicted, in a run that is long enough."""
         if self.full_steps is None and self.interval is None:
             return self.speedup > 1
         return self.interval != 1
 
     @property
     def anchors(self) -> int:
-        """Anchors to keep: ``history``, or as many as the candidates need, the largest order plus one."""
+        """How many full steps the cache keeps: ``history``, or the largest order plus one."""
         return self.history or max(self.orders) + 1
 
     @property
@@ -219,7 +225,7 @@ class TAPConfig:
         return len(self.orders) > 1 or (self.orders != (0,) and self.horizon_span >= self.horizon_step)
 
     def stride(self, channels: int) -> int:
-        """One in how many channels of the probe is kept where it has this many."""
+        """One in how many channels of the probe is compared, where it has this many."""
         return self.sketch or max(1, channels // ENOUGH_CHANNELS)
 
     def to_dict(self) -> dict[str, Any]:

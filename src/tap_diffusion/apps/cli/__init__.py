@@ -14,9 +14,9 @@ from tap_diffusion.core.errors import UsageError
 
 GROUP = "tap_diffusion.commands"  # of entry points: a command's name, and its function
 BENCH = {  # commands of the bench, which is installed apart
-    "bench": "Compare TAP with other methods, each at its best.",
-    "tune": "Plan which steps are full for a model, from a few prompts, and verify it on others.",
-    "profile": "Measure what a predicted step costs, part by part, beside the least that it could.",
+    "bench": "Compare TAP with competing methods, each tuned.",
+    "tune": "Search for the best steps to run in full, for your model and prompts.",
+    "profile": "Measure where the time of a predicted step goes.",
 }
 
 app = typer.Typer(
@@ -35,10 +35,15 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Token-Adaptive Predictor: training-free acceleration of diffusion transformers."""
+    """TAP (Token-Adaptive Predictor) makes diffusion transformers faster without training.
+
+    It runs the whole model on some of the denoising steps and predicts the others.
+
+    Start with: tap generate "red apple" --compare
+    """
 
 
 def _missing(name: str) -> Callable[[], None]:

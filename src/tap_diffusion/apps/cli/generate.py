@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import replace
 from enum import StrEnum
 from functools import partial
@@ -27,11 +25,14 @@ from tap_diffusion.apps.cli.options import (
     make_writable,
     option,
     placement,
+    quiet_bars,
+    quiet_imports,
     read_prompts,
 )
+from tap_diffusion.apps.cli.told import told
 from tap_diffusion.apps.files import FPS
 from tap_diffusion.core.config import DEFAULT_SPEEDUP, TAPConfig
-from tap_diffusion.core.errors import ConfigError, UnsupportedModelError, UsageError, told_by
+from tap_diffusion.core.errors import ConfigError, UnsupportedModelError, UsageError
 
 SHOWN = 10  # errors that are printed
 
@@ -46,86 +47,160 @@ class EngineName(StrEnum):
 def generate(
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(help="What to draw, one result for each; of fashion and DiT the class.", show_default=False),
+        typer.Argument(
+            help="What to draw: a text for each picture or video. For fashion and DiT, a class by name or number.",
+            show_default=False,
+        ),
     ] = None,
     prompt_file: Annotated[
         Path | None,
-        option("Sampling", "--prompts", help="File with one prompt a line; for many also .jsonl or .parquet."),
+        option("Sampling", "--prompts", help="File with one prompt per line. With --engine also .jsonl or .parquet."),
     ] = None,
     model: ModelOption = "emoji",
     dtype: ModelDTypeOption = DType.auto,
     device: ModelDeviceOption = None,
     offload: Annotated[
-        bool, option("Model", "--offload", help="Keep on the GPU only what is at work, for models that don't fit.")
+        bool,
+        option("Model", "--offload", help="For models larger than the GPU's memory: keep idle parts in host memory."),
+    ] = False,
+    lora: Annotated[
+        list[str] | None,
+        option(
+            "Model",
+            "--lora",
+            help="LoRA: a folder, a .safetensors file, or a hub id, with :SCALE behind it if not 1."
+            " Repeat for several.",
+        ),
+    ] = None,
+    compiled: Annotated[
+        bool,
+        option(
+            "Model",
+            "--compile",
+            help="Compile the transformer's blocks first (torch.compile). Takes a minute or more; not counted as time.",
+        ),
     ] = False,
     steps: Annotated[int, option("Sampling", help="Denoising steps.", min=1)] = 50,
-    seed: Annotated[int, option("Sampling", help="Seed of the first picture; the next take the next.", min=0)] = 0,
+    seed: Annotated[
+        int, option("Sampling", help="Seed of the first picture. The second has this plus 1, and so on.", min=0)
+    ] = 0,
     guidance: Annotated[
         float | None,
-        option("Sampling", help="Guidance scale.", default="the pipeline's; 2 for emoji, 3 for scenes", min=0),
+        option(
+            "Sampling",
+            help="Guidance scale: how closely to follow the prompt.",
+            default="the pipeline's; 2 for emoji, 3 for scenes",
+            min=0,
+        ),
     ] = None,
     negative_prompt: Annotated[
-        str | None, option("Sampling", "--negative-prompt", help="What not to draw, for all.", default="nothing")
+        str | None, option("Sampling", "--negative-prompt", help="What not to draw.", default="nothing")
     ] = None,
-    height: Annotated[int | None, option("Sampling", help="In pixels.", default="the model's own", min=1)] = None,
-    width: Annotated[int | None, option("Sampling", help="In pixels.", default="the model's own", min=1)] = None,
-    frames: Annotated[int | None, option("Sampling", help="Of videos.", default="the model's own", min=1)] = None,
+    height: Annotated[int | None, option("Sampling", help="Height in pixels.", default="the model's", min=1)] = None,
+    width: Annotated[int | None, option("Sampling", help="Width in pixels.", default="the model's", min=1)] = None,
+    frames: Annotated[int | None, option("Sampling", help="Frames of a video.", default="the model's", min=1)] = None,
     batch_size: Annotated[
-        int | None, option("Sampling", help="Generated at a time.", default="8 pictures, or 1 video", min=1)
+        int | None,
+        option("Sampling", help="How many to draw at once.", default="8 pictures, or 1 video", min=1),
     ] = None,
     speedup: Annotated[
         float | None,
-        option("Method", "--speedup", "-x", help="Steps for each full one.", default=f"{TAPConfig.speedup:g}"),
+        option(
+            "Speed-up",
+            "--speedup",
+            "-x",
+            help="Target speed-up: one step in this many runs the whole model.",
+            default=f"{TAPConfig.speedup:g}",
+        ),
     ] = None,
-    full_steps: Annotated[int | None, option("Method", help="How many steps are full, instead.")] = None,
+    full_steps: Annotated[
+        int | None,
+        option("Speed-up", help="Instead: how many of the steps run the whole model.", default="by --speedup"),
+    ] = None,
     interval: Annotated[
-        int | None, option("Method", "--interval", "-n", help="The paper's: one step in this many is full; 1: all.")
+        int | None,
+        option(
+            "Speed-up",
+            "--interval",
+            "-n",
+            help="Instead, as in the paper: every how many steps, after the warm-up, one runs the whole model.",
+        ),
     ] = None,
     warmup: Annotated[
-        int | None, option("Method", help="Full steps at the start, with an interval.", default=str(TAPConfig.warmup))
+        int | None,
+        option(
+            "Speed-up",
+            help="With --interval: how many steps at the start run the whole model.",
+            default=str(TAPConfig.warmup),
+        ),
     ] = None,
-    paper: Annotated[bool, option("Method", "--paper", help="Exactly the paper's settings.")] = False,
+    paper: Annotated[bool, option("Speed-up", "--paper", help="Use exactly the paper's settings.")] = False,
     config_file: Annotated[
-        Path | None, option("Method", "--config", help="TAPConfig as JSON; the options above override it.")
+        Path | None,
+        option(
+            "Speed-up",
+            "--config",
+            help="JSON file of a TAPConfig, such as a preset of tap tune. The options above override it.",
+        ),
     ] = None,
-    compare: Annotated[bool, option("Output", "--compare", help="Generate without TAP too, and compare.")] = False,
+    compare: Annotated[
+        bool, option("Output", "--compare", help="Also run the plain model, and report the difference and the times.")
+    ] = False,
     repeats: Annotated[
-        int, option("Output", help="Timed runs of each with --compare, alternating; medians count.", min=1)
+        int, option("Output", help="With --compare: time each this many times, and take the median.", min=1)
     ] = 1,
-    fps: Annotated[int, option("Output", help="Frames a second of videos.", min=1)] = FPS,
-    out: Annotated[Path, option("Output", "--out", "-o", help="Folder for results and report.json.")] = Path("out"),
+    fps: Annotated[int, option("Output", help="Frames per second of videos.", min=1)] = FPS,
+    out: Annotated[
+        Path,
+        option(
+            "Output",
+            "--out",
+            "-o",
+            help="Folder for the results and report.json. A run that was interrupted there continues.",
+        ),
+    ] = Path("out"),
     overwrite: Annotated[
-        bool, option("Output", "--overwrite", help="Delete what an earlier run left in --out; else a run goes on.")
+        bool, option("Output", "--overwrite", help="Delete what an earlier run left in --out.")
     ] = False,
     engine: Annotated[
         EngineName | None,
-        option("Many prompts", help="local: in this process; ray: on Ray Data. A run begun in --out goes on."),
+        option(
+            "Many prompts",
+            help="For thousands of prompts, with a manifest instead of report.json. local: in this"
+            " process. ray: on a Ray cluster.",
+        ),
     ] = None,
     address: Annotated[
-        str | None, option("Many prompts", help="Of a Ray cluster, or auto.", default="one on this machine")
+        str | None,
+        option("Many prompts", help="With --engine ray: the cluster's address, or auto.", default="start one here"),
     ] = None,
     workers: Annotated[
-        int | None, option("Many prompts", help="Pipelines on Ray.", default="one per GPU, or per machine", min=1)
+        int | None,
+        option(
+            "Many prompts",
+            help="With --engine ray: how many copies of the model.",
+            default="1 per GPU, or machine",
+            min=1,
+        ),
     ] = None,
 ) -> None:
-    """Generate pictures or videos with TAP, beside those of the plain model if wanted.
+    """Generate pictures or videos with TAP.
 
     Example: tap generate "red apple" "green frog face" --speedup 5 --compare
 
-    Many, with a manifest in place of the report: tap generate --prompts coco.jsonl --engine ray --workers 8
+    Many: tap generate --prompts coco.jsonl --engine ray --workers 8
     """
-    warnings: dict[str, None] = {}  # each once, in the order in which they came
     try:
         if engine is None and prompt_file is not None and prompt_file.suffix in (".jsonl", ".parquet"):
             engine = EngineName.local
-        for option, given in (("--address", address), ("--workers", workers)):
+        for name, given in (("--address", address), ("--workers", workers)):
             if given is not None and engine != EngineName.ray:
-                raise UsageError(f"{option} is for --engine ray")
+                raise UsageError(f"{name} is for --engine ray")
         few = {"a prompt": prompts, "--compare": compare, "--repeats": repeats > 1, "--offload": offload}
         few |= {"--negative-prompt": negative_prompt is not None, "--overwrite": overwrite}
-        for option, asked in few.items():
+        for name, asked in few.items():
             if asked and engine is not None:
-                raise UsageError(f"{option} is for a few pictures; with an engine they come from the file of --prompts")
+                raise UsageError(f"{name} can't be combined with --engine, nor with a file of .jsonl or .parquet")
         wanted = [] if engine is not None else read_prompts(prompts or [], prompt_file)
         config = _config(config_file, paper, speedup=speedup, full_steps=full_steps, interval=interval, warmup=warmup)
         if config.interval is not None and config.warmup > steps:
@@ -133,52 +208,69 @@ def generate(
         if isinstance(config.full_steps, int) and config.full_steps > steps:
             raise UsageError(f"full_steps is {config.full_steps}, more than the {steps} steps")
         make_writable(out)
+        quiet_imports()
         with console.status("importing diffusers"):
             # That takes seconds, for which neither --help nor a wrong option should wait.
-            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-            os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-            import diffusers
-            import torch
-            import transformers
-
-            from tap_diffusion.apps.generate import Request, guidance_for, load_pipeline, prompt_for
-            from tap_diffusion.apps.generate import generate as run_generate
-        if not sys.stderr.isatty():  # no progress bars into files
-            diffusers.utils.logging.disable_progress_bar()
-            transformers.utils.logging.disable_progress_bar()
+            from tap_diffusion.apps.generate import guidance_for
+            from tap_diffusion.apps.lora import Lora
+        quiet_bars()
         guidance = guidance_for(model, guidance)
-        if engine is not None:
-            if prompt_file is None:
-                raise UsageError("--prompts is missing: a file of what to draw")
-            on_ray = (address, workers) if engine == EngineName.ray else None
-            common = {
-                "model": model, "steps": steps, "guidance": guidance, "config": config, "frames": frames, "fps": fps,
-            }  # fmt: skip
-            _generate_many(prompt_file, common, (dtype, device), on_ray, (seed, width, height), batch_size or 8, out)
-            return
-        pipe = load_pipeline(model, *placement(dtype, device), offload)
-        wanted = [prompt_for(model, prompt) for prompt in wanted]
-        request = Request(wanted, steps, seed, guidance, height, width, frames, batch_size, negative_prompt)
-        written: list[str] = []
-        try:
-            with told_by(lambda message: warnings.setdefault(message)):
-                result = run_generate(
-                    pipe, model, request, config, out, compare, repeats, written.append, fps, overwrite
-                )
-        except torch.OutOfMemoryError as error:
-            size = len(next(request.batches(pipe)))
-            remedy = f"a smaller batch than {size}, or smaller pictures" if size > 1 else "a smaller size"
-            raise UsageError(f"out of memory; try {remedy}") from error
+        loras = tuple(map(Lora.parse, lora or ()))
+        with told():
+            if engine is not None:
+                if prompt_file is None:
+                    raise UsageError("--prompts is missing: a file of what to draw")
+                on_ray = (address, workers) if engine == EngineName.ray else None
+                common = {
+                    "model": model, "steps": steps, "guidance": guidance, "config": config, "frames": frames,
+                    "fps": fps, "loras": loras, "compiled": compiled,
+                }  # fmt: skip
+                sizes = (seed, width, height)
+                _generate_many(prompt_file, common, (dtype, device), on_ray, sizes, batch_size or 8, out)
+            else:
+                sampling = {
+                    "prompts": wanted, "steps": steps, "seed": seed, "guidance": guidance, "height": height,
+                    "width": width, "frames": frames, "batch_size": batch_size, "negative_prompt": negative_prompt,
+                }  # fmt: skip
+                loading = {"offload": offload, "loras": loras, "compiled": compiled}
+                output = {"compare": compare, "repeats": repeats, "fps": fps, "overwrite": overwrite}
+                _generate_few(model, (dtype, device), loading, sampling, config, out, output)
     except (ConfigError, UnsupportedModelError, UsageError) as error:
         raise failed(error) from None
     except KeyboardInterrupt:
         raise _interrupted(out) from None
+
+
+def _generate_few(
+    model: str, placed: tuple[DType, str | None], loading: dict[str, Any], sampling: dict[str, Any], config: TAPConfig,
+    out: Path, output: dict[str, Any],
+) -> None:  # fmt: skip
+    import torch
+
+    from tap_diffusion.apps.generate import Request, load_pipeline, prompt_for
+    from tap_diffusion.apps.generate import generate as run_generate
+
+    pipe = load_pipeline(model, *placement(*placed), **loading)
+    wanted = [prompt_for(model, prompt) for prompt in sampling["prompts"]]
+    request = Request(**sampling | {"prompts": wanted})
+    written: list[str] = []
+    try:
+        result = run_generate(pipe, model, request, config, out, note=written.append, loras=loading["loras"], **output)
+    except torch.OutOfMemoryError as error:
+        size = len(next(request.batches(pipe)))
+        remedy = f"a smaller batch than {size}, or smaller pictures" if size > 1 else "a smaller size"
+        raise UsageError(f"out of memory; try {remedy}") from error
+    except RuntimeError as error:
+        if not loading["compiled"] or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"the blocks can't be compiled here: {reason}; leave out --compile") from error
     console.print(_table(result, config))
     kind = "picture" if result["frames"] is None else "video"
     found = f" ({result['found']} of an earlier run)" if result["found"] else ""
-    console.print(f"{counted(len(wanted), kind)}{found}, {', '.join(written)} in {out}", highlight=False)
-    for message in warnings:
-        Console(stderr=True).print(f"[bold yellow]Warning:[/] {escape(message)}", soft_wrap=True, highlight=False)
+    console.print(
+        f"{counted(len(wanted), kind)}{found}, {', '.join(written)} in {out}", highlight=False, soft_wrap=True
+    )
 
 
 def _interrupted(out: Path) -> typer.Exit:
@@ -231,12 +323,20 @@ def _generate_many(
         console.print(f"{entry['id']}: {entry['error']}", highlight=False, markup=False, soft_wrap=True)
     if len(errors) > SHOWN:
         console.print(f"… and {len(errors) - SHOWN} more, column 'error' of the manifest", highlight=False)
+    short = sum(entry["cut_off"] is not None for entry in good)
+    if short:
+        console.print(
+            f"{counted(short, 'prompt')} too long and cut off, column 'cut_off' of the manifest", highlight=False
+        )
     if good:
         full, predicted = (sum(entry[name] for entry in good) for name in ("full_steps", "predicted_steps"))
         console.print(f"steps: {full} full, {predicted} predicted", highlight=False)
     kind = "video" if any(entry["file"].endswith(".mp4") for entry in good) else "picture"
     console.print(
-        f"{counted(len(good), kind)}, {len(errors)} failed, manifest.parquet in {out}", highlight=False, markup=False
+        f"{counted(len(good), kind)}, {len(errors)} failed, manifest.parquet in {out}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
     if errors:
         raise typer.Exit(1)

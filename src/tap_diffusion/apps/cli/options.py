@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,10 +41,17 @@ WHERE = "cuda where there is one"
 ModelOption = Annotated[
     str,
     option(
-        "Model", "--model", "-m", help="emoji, fashion, sprites, scenes (embedded), a pipeline's folder, or a hub id."
+        "Model",
+        "--model",
+        "-m",
+        help="emoji, fashion, sprites or scenes (small, included), a pipeline's folder, or a hub id.",
     ),
 ]
-ModelDTypeOption = Annotated[DType, option("Model", help="auto: bfloat16 on a GPU, float32 on a CPU.")]
+DTYPES = {  # of an option; the names alone are longer than the help's column
+    "metavar": "NAME",
+    "help": "float32, bfloat16, float16, or auto: bfloat16 on a GPU, float32 on a CPU.",
+}
+ModelDTypeOption = Annotated[DType, option("Model", **DTYPES)]
 ModelDeviceOption = Annotated[str | None, option("Model", help="cpu, cuda, cuda:1, …", default=WHERE)]
 
 
@@ -68,9 +76,30 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def quiet_imports() -> None:
+    """Keep transformers and diffusers from warning, of what they don't find, at their import."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+
+def quiet_bars() -> None:
+    """Show no bar for each part of a model that is loaded, and none at all where they would go into a file."""
+    from diffusers.utils import logging as of_diffusers
+    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging as of_transformers
+
+    of_transformers.disable_progress_bar()  # which turns off the hub's as well
+    if sys.stderr.isatty():
+        enable_progress_bars()
+    else:
+        of_diffusers.disable_progress_bar()
+        disable_progress_bars()
+
+
 @contextmanager
 def importing(what: str = "the bench", extra: str = "bench") -> Iterator[None]:
     """For imports that take seconds, of what not everybody has installed."""
+    quiet_imports()
     with console.status(f"importing what {what} needs"):
         try:
             yield

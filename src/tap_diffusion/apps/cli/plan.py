@@ -66,21 +66,37 @@ MODELS: dict[str, Model] = {
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help=f"{', '.join(MODELS)}, or a size: 1024x1024, 832x480x81.")],
-    steps: Annotated[int, option("Trajectory", help="Steps.", min=1)] = 50,
+    model: Annotated[
+        str, typer.Argument(help=f"{', '.join(MODELS)}, or a size in pixels: 1024x1024, or 832x480x81 for 81 frames.")
+    ],
+    steps: Annotated[int, option("Steps", help="Denoising steps.", min=1)] = 50,
     full_steps: Annotated[
-        int | None, option("Trajectory", help="How many are full.", min=1, default="by speedup")
+        int | None, option("Steps", help="How many of them run the whole model.", min=1, default="by --speedup")
     ] = None,
     speedup: Annotated[
-        float | None, option("Trajectory", help="Steps for each full one.", min=1, default=f"{TAPConfig.speedup:g}")
+        float | None,
+        option(
+            "Steps",
+            help="Target speed-up: one step in this many runs the whole model.",
+            min=1,
+            default=f"{TAPConfig.speedup:g}",
+        ),
     ] = None,
-    width: Annotated[int | None, option("Size", help="Pixels.", min=16, default="the model's")] = None,
-    height: Annotated[int | None, option("Size", help="Pixels.", min=16, default="the model's")] = None,
-    frames: Annotated[int | None, option("Size", help="Of a video.", min=1, default="the model's")] = None,
-    tokens: Annotated[int | None, option("Size", help="Of the stream.", min=1, default="by the size")] = None,
-    shift: Annotated[float | None, option("Size", help="Of the noise of a flow.", default="the model's")] = None,
+    width: Annotated[int | None, option("Size", help="Width in pixels.", min=16, default="the model's")] = None,
+    height: Annotated[int | None, option("Size", help="Height in pixels.", min=16, default="the model's")] = None,
+    frames: Annotated[int | None, option("Size", help="Frames of a video.", min=1, default="the model's")] = None,
+    tokens: Annotated[
+        int | None, option("Size", help="Tokens of a picture or video.", min=1, default="by its size")
+    ] = None,
+    shift: Annotated[
+        float | None,
+        option("Size", help="The scheduler's shift: above 1, more of the steps are noisy.", default="the model's"),
+    ] = None,
 ) -> None:
-    """Show which steps would be full, and why, from size, shift and tokens alone. No weights are needed."""
+    """Show which steps would run the whole model (full steps), and why. Needs no weights.
+
+    Example: tap plan flux --speedup 4
+    """
     try:
         known = _model(model)
         if shift is not None and not (shift > 0 and math.isfinite(shift)):
@@ -108,8 +124,8 @@ def plan(
         )
     console.print(table)
     console.print(
-        "Full steps are even in the spacing: half the step's index, half the angle arctan √(noise as seen). The more"
-        " tokens see it, the less noise it is, and the earlier the picture is decided.",
+        "Full steps are evenly spaced in the last column: half the step's number, half arctan √(noise as seen). The"
+        " more tokens a picture has, the less of the noise is seen, and the earlier the picture is decided.",
         highlight=False,
     )
     found = PRESETS.get(known.preset or "", {}).get(len(full)) if steps == STEPS else None
@@ -128,9 +144,7 @@ def _model(name: str) -> Model:
         return MODELS[name]
     size = _SIZE.fullmatch(name)
     if size is None:
-        raise UsageError(
-            f"{name!r} is no model that is known here; give {', '.join(MODELS)}, or a size such as 1024x1024"
-        )
+        raise UsageError(f"tap plan doesn't know {name!r}; give {', '.join(MODELS)}, or a size such as 1024x1024")
     return Model(int(size[1]), int(size[2]), lambda _: 1.0, frames=int(size[3] or 1))
 
 
