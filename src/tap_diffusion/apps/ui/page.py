@@ -7,6 +7,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from threading import Lock
@@ -244,31 +245,36 @@ class Page:
                 " once with every step full, and once accelerated.</p>",
                 elem_id="head",
             )
-            with gr.Row():
-                with gr.Column(scale=2, min_width=300):
-                    inputs, examples, random, go, stop = self._controls()
-                with gr.Column(scale=3, min_width=300):
+            made: dict[str, Any] = {}
+            with gr.Row(elem_id="work"):  # what is where: page.css
+                with gr.Column(elem_id="ask"):
+                    examples, go, stop = self._subject(made)
+                with gr.Column(elem_id="answer"):
                     is_video = self.first.is_video
                     pictures = gr.ImageSlider(
                         label="Every step full | accelerated", format="png", max_height=WIDTH, interactive=False,
                         visible=not is_video, elem_id="pictures",
                     )  # fmt: skip
                     video = gr.Video(
-                        label="Every step full, left, and accelerated, right", autoplay=True, loop=True,
-                        interactive=False, visible=is_video, elem_id="video",
+                        label="Every step full | accelerated", autoplay=True, loop=True, interactive=False,
+                        visible=is_video, elem_id="video",
                     )  # fmt: skip
                     result = gr.HTML(elem_id="result")
                     with gr.Accordion("Copy as Python", open=False, visible=False, elem_id="python") as python:
                         code = gr.Code(
                             language="python", interactive=False, show_label=False, buttons=["copy"], elem_id="code"
                         )
+                with gr.Column(elem_id="settings"):
+                    random = self._settings(made)
+            inputs = {name: made[name] for name in NAMES}
             gr.HTML("<h2>Runs of this tab</h2>")
             runs = gr.HTML(history([], None), js_on_load=_CHOOSE, elem_id="runs")
             with gr.Column(visible=False) as section:
                 gr.HTML(
                     "<h2>What each token took</h2><p>A token is one square of the picture. At each predicted step TAP"
-                    " picks, for each token, the forecast that would have come closest at the first layer. The loss"
-                    " says how far off that still was.</p>"
+                    " picks, for each token, the forecast that would have come closest at the first layer. Order 0"
+                    " repeats the last full step, order 1 goes on in a straight line, order 2 in a curve. The loss says how"
+                    " far off the one picked still was.</p>"
                 )
                 with gr.Row(equal_height=True):
                     at = gr.Slider(1, 2, 1, step=1, label="Predicted step", buttons=[], scale=5, elem_id="at")
@@ -300,41 +306,47 @@ class Page:
             page.unload(self.leave)
         return page
 
-    def _controls(self) -> tuple[dict[str, Any], gr.Dataset, gr.Button, gr.Button, gr.Button]:
-        """The left half: inputs in the order of :class:`Settings`, examples, and the buttons."""
-        made: dict[str, Any] = {}
+    def _control(self, made: dict[str, Any], kind: Any, name: str, **more: Any) -> None:
+        made[name] = kind(elem_id=name, **_properties(self.first, name) | more)
 
-        def control(kind: Any, name: str, label: str, **more: Any) -> None:
-            made[name] = kind(label=label, elem_id=name, **_properties(self.first, name) | more)
-
-        small: dict[str, Any] = {"min_width": 110}
-        control(gr.Dropdown, "model", "Model", choices=self.names, filterable=False, visible=len(self.names) > 1)
-        control(gr.Textbox, "prompt", "Prompt", max_lines=3)
+    def _subject(self, made: dict[str, Any]) -> tuple[gr.Dataset, gr.Button, gr.Button]:
+        """What is needed for each run. Returns examples, and the buttons that begin and stop."""
+        control = partial(self._control, made)
+        choices = {"choices": self.names, "visible": len(self.names) > 1, "filterable": False}
+        control(gr.Dropdown, "model", label="Model", **choices)
+        control(gr.Textbox, "prompt", label="Prompt", max_lines=3)
         examples = gr.Dataset(
             components=[gr.Textbox(visible=False)], label="This model knows, for example", elem_id="examples",
             samples=[[line] for line in self.first.examples], visible=bool(self.first.examples),
         )  # fmt: skip
-        control(gr.Dropdown, "label", "What to draw")
-        control(gr.Textbox, "negative_prompt", "Negative prompt", max_lines=3, placeholder="what to keep out")
+        control(gr.Dropdown, "label", label="What to draw")
         with gr.Row():
-            control(gr.Number, "guidance", "Guidance", step=0.5, **small)
-            control(gr.Number, "steps", "Steps", step=1, **small)
-        with gr.Row():
-            control(gr.Number, "width", "Width", **small)
-            control(gr.Number, "height", "Height", **small)
-            control(gr.Number, "frames", "Frames", step=1, **small)
-        with gr.Row(equal_height=True):
-            control(gr.Number, "seed", "Seed", step=1, scale=3, **small)
-            random = gr.Button("Random", elem_id="random", scale=2, **small)
-        control(gr.Radio, "kind", "Set the speed by", choices=[FASTER, FULL], value=FASTER)
+            go = gr.Button("Generate", variant="primary", elem_id="go", **SMALL)
+            stop = gr.Button("Stop", elem_id="stop", **SMALL)
+        return examples, go, stop
+
+    def _settings(self, made: dict[str, Any]) -> gr.Button:
+        """What can be left as it is. Returns the button that draws a seed."""
+        control = partial(self._control, made)
+        control(gr.Radio, "kind", label="Set the speed by", choices=[FASTER, FULL], value=FASTER)
         control(gr.Number, "budget", step=1, value=5, **BUDGETS[FASTER])
-        control(gr.Dropdown, "method", "Method", choices=list(METHODS), value=next(iter(METHODS)), filterable=False)
+        methods = list(METHODS)
+        control(gr.Dropdown, "method", label="Method", choices=methods, value=methods[0], filterable=False)
         with gr.Row():
-            go = gr.Button("Generate", variant="primary", elem_id="go", **small)
-            stop = gr.Button("Stop", elem_id="stop", **small)
-        return {name: made[name] for name in NAMES}, examples, random, go, stop
+            control(gr.Number, "steps", label="Steps", step=1, **SMALL)
+            control(gr.Number, "guidance", label="Guidance", step=0.5, **SMALL)
+        with gr.Row(equal_height=True):
+            control(gr.Number, "seed", label="Seed", step=1, scale=3, **SMALL)
+            random = gr.Button("Random", elem_id="random", scale=2, **SMALL)
+        control(gr.Textbox, "negative_prompt", label="Negative prompt", max_lines=3, placeholder="what to keep out")
+        with gr.Row():
+            control(gr.Number, "width", label="Width", **SMALL)
+            control(gr.Number, "height", label="Height", **SMALL)
+            control(gr.Number, "frames", label="Frames", step=1, **SMALL)
+        return random
 
 
+SMALL: dict[str, Any] = {"min_width": 110}
 PLAY, PAUSE = "▶ Play", "⏸ Pause"
 BUDGETS = {
     FASTER: {"label": "Target speed-up", "info": "5: one step in five runs the whole model."},
