@@ -98,21 +98,21 @@ class Page:
 
     def model(self, name: str) -> Model:
         """A model by name, loaded where it wasn't. Raises as the class does."""
-        with self._lock:
-            if name not in self._models:
-                model = Model(name, self._load(name))
-                # The first steps of a process are slower, which must not count.
-                run(model.pipe, Request([(model.examples or ["0"])[0]], steps=2), "warm-up")
-                self._models[name] = model
-            return self._models[name]
-
-    def problems(self, settings: Settings) -> dict[str, str]:
-        """:meth:`Model.problems`."""
-        return self.model(settings.model).problems(settings)
+        if name not in self._models:  # a model that is there must not wait for a run to end
+            with self._lock:
+                if name not in self._models:
+                    model = Model(name, self._load(name))
+                    # The first steps of a process are slower, which must not count.
+                    run(model.pipe, Request([(model.examples or ["0"])[0]], steps=2), "warm-up")
+                    self._models[name] = model
+        return self._models[name]
 
     def validate(self, *inputs: Any) -> list[dict[str, Any]]:
-        """:meth:`problems` as Gradio shows them, each at its input."""
-        problems = self.problems(Settings(*inputs))
+        """:meth:`Model.problems` as Gradio shows them, each at its input, and above all, since that may be out of sight."""
+        settings = Settings(*inputs)
+        problems = self.model(settings.model).problems(settings)
+        for problem in problems.values():
+            gr.Warning(problem, title="Please change")
         return [gr.validate(name not in problems, problems.get(name, "")) for name in NAMES]
 
     def generate(
@@ -197,14 +197,16 @@ class Page:
             session.current = None
 
     def change(self, name: str, request: gr.Request) -> list[Any]:
-        """The controls that another model takes, and nothing of the one before."""
+        """The controls that another model takes, and nothing of the one before, whose run stops."""
+        session = self.sessions[request.session_hash]
+        session.current = None
         try:
             model = self.model(name)
         except (ConfigError, UnsupportedModelError, UsageError) as error:
             raise gr.Error(str(error)) from None
         kept = ("model", "seed", "steps", "kind", "budget", "method")
         controls = [gr.skip() if name in kept else gr.update(**_properties(model, name)) for name in NAMES]
-        return [*controls, _examples(model), *self._shown(self.sessions[request.session_hash], model, None)]
+        return [*controls, _examples(model), *self._shown(session, model, None)]
 
     def bring_back(self, event: gr.EventData, request: gr.Request) -> list[Any]:
         """The settings and results of an earlier run."""
@@ -237,7 +239,6 @@ class Page:
         """The page; ``plots`` are those of a bench run, if any."""
         private = {"api_visibility": "private"}
         aside = private | {"queue": False, "show_progress": "hidden"}
-        one_at_a_time = private | {"concurrency_limit": 1, "concurrency_id": "models"}
         # An hour: pictures are files until then.
         with gr.Blocks(title="TAP", analytics_enabled=False, delete_cache=(600, 3600)) as page:
             gr.HTML(
@@ -273,8 +274,8 @@ class Page:
                 gr.HTML(
                     "<h2>What each token took</h2><p>A token is one square of the picture. At each predicted step TAP"
                     " picks, for each token, the forecast that would have come closest at the first layer. Order 0"
-                    " repeats the last full step, order 1 goes on in a straight line, order 2 in a curve. The loss says how"
-                    " far off the one picked still was.</p>"
+                    " repeats the last full step, order 1 goes on in a straight line, order 2 in a curve. The loss says"
+                    " how far off the one picked still was.</p>"
                 )
                 with gr.Row(equal_height=True):
                     at = gr.Slider(1, 2, 1, step=1, label="Predicted step", buttons=[], scale=5, elem_id="at")
@@ -289,12 +290,12 @@ class Page:
             values = list(inputs.values())
             ran = gr.on(
                 [go.click, prompt.submit], self.generate, values, outputs, validator=self.validate,
-                show_progress_on=[pictures, video], **one_at_a_time,
+                show_progress_on=[pictures, video], concurrency_limit=1, **private,
             )  # fmt: skip
             stop.click(self.stop, model, outputs, **aside)
-            stop.click(None, cancels=ran)  # for a run that still waits for its turn
             whole = [*values, examples, *outputs]
-            model.input(self.change, model, whole, show_progress_on=[pictures, video], **one_at_a_time)
+            model.input(self.change, model, whole, queue=False, show_progress_on=[pictures, video], **private)
+            gr.on([stop.click, model.input], None, cancels=ran)  # for a run that still waits for its turn
             runs.click(self.bring_back, None, whole, **aside)
             examples.click(lambda sample: sample[0], examples, prompt, **aside)
             random.click(None, None, inputs["seed"], js="() => Math.floor(2 ** 32 * Math.random())")
@@ -445,6 +446,7 @@ def serve(page: gr.Blocks, host: str, port: int | None) -> str:
     """
     theme = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"])
     theme.set(button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700")
+    theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_400")
     try:
         _, address, _ = page.launch(
             server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, footer_links=[],
