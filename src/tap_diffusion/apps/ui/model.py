@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,8 @@ class Model:
     def _problem_of_budget(self, settings: Settings) -> str:
         steps, budget, is_full = settings.steps, settings.budget, settings.kind == FULL
         if budget is None or budget < 1 or (is_full and not _is_whole(budget)):
-            return f"Give a {'whole ' if is_full else ''}number of at least 1."
+            name, kind = ("Full steps", "whole number") if is_full else ("The target speed-up", "number")
+            return f"{name} must be a {kind} of at least 1."
         if full_steps(steps, settings.kind, budget) >= steps:
             remedy = f"Give at most {steps - 1}" if is_full else f"At least {FEWEST} are full: say how many"
             return f"This leaves none of {steps} steps to predict. {remedy}, or take more steps."
@@ -194,30 +196,33 @@ def watched(pipe: Any, after_step: Callable[[], None]) -> Iterator[None]:
     All pipelines of diffusers have a progress bar, and fewer a callback. This one stands in for the bar.
     """
 
-    class Bar:
-        def __init__(self, iterable: Any = (), **_: Any) -> None:
-            self.iterable = iterable
-
-        def __iter__(self) -> Iterator[Any]:
-            for item in self.iterable:
-                yield item
-                after_step()
-
-        def __enter__(self) -> Bar:
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-
-        def update(self, *_: Any) -> None:
-            after_step()
-
-        def close(self) -> None: ...
-
-    pipe.progress_bar = Bar
+    pipe.progress_bar = partial(_Bar, after_step)
     try:
         yield
     finally:
         del pipe.progress_bar
+
+
+class _Bar:
+    """As much of a progress bar as pipelines use, in both ways in which they use it."""
+
+    def __init__(self, after_step: Callable[[], None], iterable: Any = (), **_: Any) -> None:
+        self.after_step, self.iterable = after_step, iterable
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self.iterable:
+            yield item
+            self.after_step()
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def update(self, *_: Any) -> None:
+        self.after_step()
+
+    def close(self) -> None: ...
 
 
 def _is_whole(value: Any) -> bool:

@@ -108,7 +108,7 @@ class Page:
         return self._models[name]
 
     def validate(self, *inputs: Any) -> list[dict[str, Any]]:
-        """:meth:`Model.problems` as Gradio shows them, each at its input, and above all, since that may be out of sight."""
+        """:meth:`Model.problems` at each input, and above the page too, since an input may be out of sight."""
         settings = Settings(*inputs)
         problems = self.model(settings.model).problems(settings)
         for problem in problems.values():
@@ -195,6 +195,8 @@ class Page:
         """Stop and forget a session."""
         if session := self.sessions.pop(request.session_hash, None):
             session.current = None
+            if session.folder is not None:
+                session.folder.cleanup()
 
     def change(self, name: str, request: gr.Request) -> list[Any]:
         """The controls that another model takes, and nothing of the one before, whose run stops."""
