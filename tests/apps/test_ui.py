@@ -196,10 +196,11 @@ def test_stop_stops_between_steps_and_leaves_all_usable(page: Page, title: str) 
 
     generated(page, prompt="blue book")
     stopped: list[dict[str, Any]] = []
-    (before,) = generated(page, progress=progress)
+    before, after = generated(page, progress=progress)
     for shown in (before, *stopped):
         assert_shows_nothing(shown, runs=1)
-    assert stopped[0]["results"] == "<p>Stopped.</p>"
+    assert stopped == [after]
+    assert after["results"] == "<p>Stopped.</p>"
     assert seen[-1] == (title, 5)
     assert hooks(page.first.pipe) == []
     assert "progress_bar" not in vars(page.first.pipe)
@@ -216,7 +217,8 @@ def test_a_closed_tab_stops_its_run_and_no_other(page: Page) -> None:
         if desc == "Accelerated":
             page.leave(of("a"))
 
-    assert len(generated(page, "a", progress)) == 1
+    for shown in generated(page, "a", progress):
+        assert_shows_nothing(shown)
     assert seen[-2:] == [("Every step full", 12), ("Accelerated", 1)]
 
 
@@ -417,8 +419,7 @@ def test_another_model_has_its_own_controls_and_stops_the_run(page: Page) -> Non
             page._models["sprites"] = Model("sprites", video)
             back.append(page.change("sprites", of("a")))
 
-    (before,) = generated(page, progress=progress)
-    assert_shows_nothing(before)
+    assert_shows_nothing(generated(page, progress=progress)[-1])
     controls = dict(zip(NAMES, back[0], strict=False))
     visible = {name for name, control in controls.items() if control.get("visible")}
     assert visible == {"prompt", "negative_prompt", "guidance", "frames"}

@@ -1,4 +1,4 @@
-"""`tap ui` as a process, with the embedded models, in a real browser; skipped where playwright or chromium is missing."""
+"""`tap ui` as a process, with the embedded models, in a real browser; skipped where that or playwright is missing."""
 
 # ruff: noqa: E402
 from __future__ import annotations

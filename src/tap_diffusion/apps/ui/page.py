@@ -66,12 +66,14 @@ class Session:
             so that another speed or method need not wait for the same again.
         runs: the last ``KEPT`` of them.
         folder: of their videos.
+        shown: what the page holds: of a model, a run or none, and words.
     """
 
     current: object = None
     plain: tuple[Model, Request, Tensor, float] | None = None
     runs: list[Outcome] = field(default_factory=list)
     folder: tempfile.TemporaryDirectory[str] | None = None
+    shown: tuple[Model, Outcome | None, str] = field(init=False)
 
 
 class _Stopped(Exception):
@@ -118,7 +120,7 @@ class Page:
     def generate(
         self, request: gr.Request, progress: gr.Progress = gr.Progress(), *inputs: Any,  # noqa: B008
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
-        """Clear what is shown, then show a run; nothing new where it was stopped."""
+        """Clear what is shown, then show a run, or what the page holds where it was stopped."""
         settings, session, this = Settings(*inputs), self.sessions[request.session_hash], object()
         session.current = this
         model = self.model(settings.model)
@@ -127,6 +129,8 @@ class Page:
             with self._lock:
                 outcome = self._run(model, settings, session, this, progress)
         except _Stopped:
+            # Else Gradio, where it is fast enough, gives what came before once more.
+            yield self._shown(session, *session.shown)
             return
         except torch.OutOfMemoryError:
             raise gr.Error("Out of memory. Take a smaller size, or start `tap ui` with --dtype bfloat16.") from None
@@ -188,8 +192,9 @@ class Page:
     def stop(self, name: str, request: gr.Request) -> tuple[Any, ...]:
         """Stop the session's run after the step that it is at, and show nothing."""
         session = self.sessions[request.session_hash]
+        shown = self._shown(session, self.model(name), None, "<p>Stopped.</p>")
         session.current = None
-        return self._shown(session, self.model(name), None, "<p>Stopped.</p>")
+        return shown
 
     def leave(self, request: gr.Request) -> None:
         """Stop and forget a session."""
@@ -221,6 +226,7 @@ class Page:
 
     def _shown(self, session: Session, model: Model, outcome: Outcome | None, words: str = "") -> tuple[Any, ...]:
         """What the right half of the page and the parts below it hold: of a run, or nothing but these words."""
+        session.shown = model, outcome, words
         place = next((i for i, run in enumerate(session.runs) if run is outcome), None)
         drawn = outcome.drawn if outcome else None
         frames = outcome.frames if outcome else 0
