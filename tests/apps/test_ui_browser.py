@@ -123,7 +123,9 @@ def choose(tab: Any, name: str, option: str) -> None:
 def generate(tab: Any, **values: Any) -> dict[str, list[str]]:
     """Fill, click, and wait. Returns the table."""
     fill(tab, **values)
+    before = tab.locator("#runs li").count()
     tab.locator("#go").click()
+    tab.locator("#runs li").nth(before).wait_for()
     return table(tab)
 
 
@@ -146,8 +148,8 @@ def assert_shows(tab: Any, wanted: list[torch.Tensor]) -> None:
 
 
 def assert_shows_nothing(tab: Any, words: str) -> None:
-    tab.locator("#result", has_text=words).wait_for()
     tab.locator("#python").wait_for(state="hidden")
+    tab.wait_for_function("words => document.querySelector('#result').innerText == words", arg=words)
     assert tab.locator("#result table").count() == 0
     assert tab.locator(":is(#pictures img, #video video, #maps img):visible").count() == 0
     assert tab.locator("#runs [aria-current=true]").count() == 0
@@ -171,7 +173,7 @@ def executed(script: str, folder: Path) -> None:
 
 def test_generates_and_shows_each_step(tab: Callable[[], Any], tmp_path: Path) -> None:
     page = tab()
-    page.get_by_label("number of full steps").check()
+    page.get_by_role("radio", name="number of full steps").check()
     page.locator("#budget", has_text="Full steps").wait_for()
     assert page.locator("#budget input").input_value() == "10"  # 5 times faster, of 50
     rows = generate(page, prompt="green frog face", seed=7, steps=12, budget=4)
@@ -282,7 +284,7 @@ def test_earlier_runs_come_back(tab: Callable[[], Any]) -> None:
     page.wait_for_function("document.querySelector('#seed input').value != '5'")
     seed = int(page.locator("#seed input").input_value())
     assert 0 <= seed < 2**32
-    page.get_by_label("number of full steps").check()
+    page.get_by_role("radio", name="number of full steps").check()
     page.locator("#budget", has_text="Full steps").wait_for()
     generate(page, prompt="sunflower", budget=7, negative_prompt="")
     assert_shows(page, both("sunflower", 7, seed=seed, steps=12))
@@ -295,7 +297,7 @@ def test_earlier_runs_come_back(tab: Callable[[], Any]) -> None:
     assert_shows(page, both("wolf face", 6, seed=5, steps=12, negative_prompt="green"))
     for name, value in (("prompt", "wolf face"), ("seed", "5"), ("budget", "2"), ("negative_prompt", "green")):
         assert page.locator(f"#{name} :is(input, textarea)").first.input_value() == value
-    assert page.get_by_label("target speed-up").is_checked()
+    assert page.get_by_role("radio", name="target speed-up").is_checked()
     assert generate(page, budget=3)["Full steps"] == ["12", "6, 2.00× fewer"]  # with the settings that came back
 
 
