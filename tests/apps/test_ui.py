@@ -67,13 +67,10 @@ def of(session: str) -> Any:
     return SimpleNamespace(session_hash=session)
 
 
-def generated(
-    page: Page, session: str = "a", progress: Any = lambda *_, **__: None, **changes: Any
-) -> list[dict[str, Any]]:
-    """What is shown first, and then, by the names of :data:`OUTPUTS`."""
+def generated(page: Page, session: str = "a", progress: Any = lambda *_, **__: None, **changes: Any) -> dict[str, Any]:
+    """What is shown then, by the names of :data:`OUTPUTS`."""
     settings = Settings(**INPUTS | changes)
-    shown = page.generate(of(session), progress, *astuple(settings))
-    return [dict(zip(OUTPUTS, each, strict=True)) for each in shown]
+    return dict(zip(OUTPUTS, page.generate(of(session), progress, *astuple(settings)), strict=True))
 
 
 def pictures(shown: dict[str, Any]) -> tuple[Image.Image, Image.Image]:
@@ -118,8 +115,7 @@ def assert_shows_nothing(shown: dict[str, Any], runs: int = 0) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_pictures_are_those_of_generate(page: Page, method: str) -> None:
-    before, shown = generated(page, method=method)
-    assert_shows_nothing(before)
+    shown = generated(page, method=method)
     plain, picture = expected(None), expected(METHODS[method](12, 4))
     assert_shows(shown, plain, picture)
     assert f"{psnr(picture, plain)[0]:.1f} dB" in shown["results"]
@@ -170,11 +166,11 @@ def test_the_engine_keeps_the_loss_of_what_was_taken(pipe: Any) -> None:
 
 def test_sessions_share_nothing(page: Page) -> None:
     calls, accelerated = count_calls(page.first.pipe.transformer), expected(TAPConfig(full_steps=4))
-    first = generated(page, "a")[-1]
+    first = generated(page, "a")
     per_run = calls[0]
-    other = generated(page, "b", prompt="blue book")[-1]
+    other = generated(page, "b", prompt="blue book")
     assert calls[0] == 2 * per_run
-    again = generated(page, "a")[-1]  # the plain picture of this session is still there
+    again = generated(page, "a")  # the plain picture of this session is still there
     assert calls[0] == 2.5 * per_run
     for shown in (first, again):
         assert_shows(shown, expected(None), accelerated)
@@ -196,15 +192,15 @@ def test_stop_stops_between_steps_and_leaves_all_usable(page: Page, title: str) 
 
     generated(page, prompt="blue book")
     stopped: list[dict[str, Any]] = []
-    before, after = generated(page, progress=progress)
-    for shown in (before, *stopped):
+    cleared = dict(zip(OUTPUTS, page.clear(of("a"), "emoji"), strict=True))
+    assert set(map(str, generated(page, progress=progress).values())) == {str(gr.skip())}
+    for shown in (cleared, *stopped):
         assert_shows_nothing(shown, runs=1)
-    assert stopped == [after]
-    assert after["results"] == "<p>Stopped.</p>"
+    assert [shown["results"] for shown in (cleared, *stopped)] == ["", "<p>Stopped.</p>"]
     assert seen[-1] == (title, 5)
     assert hooks(page.first.pipe) == []
     assert "progress_bar" not in vars(page.first.pipe)
-    assert_shows(generated(page)[-1], expected(None), expected(TAPConfig(full_steps=4)))
+    assert_shows(generated(page), expected(None), expected(TAPConfig(full_steps=4)))
 
 
 def test_a_closed_tab_stops_its_run_and_no_other(page: Page) -> None:
@@ -217,8 +213,7 @@ def test_a_closed_tab_stops_its_run_and_no_other(page: Page) -> None:
         if desc == "Accelerated":
             page.leave(of("a"))
 
-    for shown in generated(page, "a", progress):
-        assert_shows_nothing(shown)
+    assert generated(page, "a", progress)["pictures"] == gr.skip()
     assert seen[-2:] == [("Every step full", 12), ("Accelerated", 1)]
 
 
@@ -230,7 +225,7 @@ def test_an_error_in_a_run_leaves_all_usable(page: Page) -> None:
     with pytest.raises(gr.Error, match=r"Out of memory\. Take a smaller size, or start `tap ui`"):
         generated(page, progress=progress)
     assert hooks(page.first.pipe) == []
-    assert_shows(generated(page)[-1], expected(None), expected(TAPConfig(full_steps=4)))
+    assert_shows(generated(page), expected(None), expected(TAPConfig(full_steps=4)))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # which gr.Warning gives where no browser is
@@ -311,7 +306,7 @@ def test_a_pipeline_that_needs_more_than_a_prompt_is_refused() -> None:
 def test_a_pipeline_of_another_kind() -> None:
     """Both branches of guidance in one batch, of which the maps show the one with the prompt."""
     pipe = sd3()
-    shown = generated(page_of(pipe, "some/model"), model="some/model", guidance=7.0, width=None, height=None)[-1]
+    shown = generated(page_of(pipe, "some/model"), model="some/model", guidance=7.0, width=None, height=None)
     request = Request(["red apple"], 12, 3)
     plain = run(pipe, request, "")[0]
     with enabled(pipe, METHODS[RECOMMENDED](12, 4)):
@@ -331,7 +326,7 @@ def test_videos_are_side_by_side() -> None:
     page = page_of(pipe, "some/model")
     settings = {"model": "some/model", "prompt": "red apple moves left over grass", "guidance": 3.0, "frames": 4}
     settings |= {"width": None, "height": None}
-    shown = generated(page, **settings)[-1]
+    shown = generated(page, **settings)
     assert not shown["pictures"]["visible"]
     assert shown["video"]["visible"]
     file = Path(shown["video"]["value"])
@@ -367,7 +362,7 @@ def test_the_copied_script_draws_the_same(
     monkeypatch.chdir(tmp_path)
     name = str(tmp_path)
     page = Page(name, lambda source: diffusers.DiffusionPipeline.from_pretrained(source))
-    shown = generated(page, **{"model": name} | changes)[-1]
+    shown = generated(page, **{"model": name} | changes)
     exec(compile(shown["script"], "script.py", "exec"), {})
     drawn = np.asarray(Image.open("picture.png"))
     accelerated = pictures(shown)[1]
@@ -379,7 +374,7 @@ def test_the_copied_script_draws_the_same(
 def test_a_quote_in_a_prompt_does_not_break_the_script(page: Page) -> None:
     prompt = 'say "hi"\\ it\'s {a} π\n'
     page = page_of(page.first.pipe, "some/model")
-    script = generated(page, model="some/model", prompt=prompt)[-1]["script"]
+    script = generated(page, model="some/model", prompt=prompt)["script"]
     call: list[dict[str, Any]] = []
     found = re.search(r"(?s)pipe\((.*)\)\.images", script)
     assert found is not None
@@ -390,7 +385,7 @@ def test_a_quote_in_a_prompt_does_not_break_the_script(page: Page) -> None:
 def test_earlier_runs_come_back_whole(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page_module, "KEPT", 3)
     changes = {"negative_prompt": "blue book", "method": PAPER}
-    first = generated(page, **changes)[-1]
+    first = generated(page, **changes)
     for seed in range(2):
         generated(page, seed=seed, kind=FASTER, budget=1.5)
     back = page.bring_back(gr.EventData(None, {"run": 0}), of("a"))
@@ -404,7 +399,7 @@ def test_earlier_runs_come_back_whole(page: Page, monkeypatch: pytest.MonkeyPatc
         assert shown[name] == first[name]
     assert "data-run='0' aria-current='true'" in shown["runs"]
     assert shown["runs"].count("<li>") == 3
-    last = generated(page)[-1]
+    last = generated(page)
     assert last["runs"].count("<li>") == 3  # the first is forgotten
     assert PAPER not in last["runs"]
 
@@ -419,7 +414,7 @@ def test_another_model_has_its_own_controls_and_stops_the_run(page: Page) -> Non
             page._models["sprites"] = Model("sprites", video)
             back.append(page.change("sprites", of("a")))
 
-    assert_shows_nothing(generated(page, progress=progress)[-1])
+    assert generated(page, progress=progress)["pictures"] == gr.skip()
     controls = dict(zip(NAMES, back[0], strict=False))
     visible = {name for name, control in controls.items() if control.get("visible")}
     assert visible == {"prompt", "negative_prompt", "guidance", "frames"}
@@ -484,7 +479,7 @@ def test_maps_colour_each_token_by_what_it_took_and_its_loss() -> None:
 
 
 def test_one_predictor_has_no_maps(page: Page) -> None:
-    shown = generated(page, method=list(METHODS)[-1])[-1]
+    shown = generated(page, method=list(METHODS)[-1])
     assert "nothing to choose" in shown["maps"]
     assert not shown["at"]["visible"]
     assert not shown["play"]["visible"]

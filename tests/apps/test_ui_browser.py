@@ -253,6 +253,7 @@ def test_another_model_has_other_controls_and_its_videos_play(tab: Callable[[], 
     page.locator("#video", has_text="/1000 steps").wait_for()  # this pipeline has no callback
     page.locator("#stop").click()
     assert_shows_nothing(page, "Stopped.")
+    page.locator("#video", has_text="/1000 steps").wait_for(state="detached")
     rows = generate(page, seed=2, steps=12, budget=2)
     assert rows["Full steps"] == ["12", "6, 2.00× fewer"]
     page.wait_for_function("document.querySelector('#video video')?.currentTime > 0")

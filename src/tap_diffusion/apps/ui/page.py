@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import entry_points
@@ -31,6 +31,7 @@ from tap_diffusion.apps.ui.script import script
 from tap_diffusion.core.errors import ConfigError, UnsupportedModelError, UsageError
 from tap_diffusion.integrations.diffusers.api import enabled, hooks, report
 
+OUTPUTS = 10  # parts of the page that a run fills
 KEPT = 20  # runs of a tab that can be brought back
 WIDTH = 512  # pixels that small pictures are enlarged to
 
@@ -66,14 +67,12 @@ class Session:
             so that another speed or method need not wait for the same again.
         runs: the last ``KEPT`` of them.
         folder: of their videos.
-        shown: what the page holds: of a model, a run or none, and words.
     """
 
     current: object = None
     plain: tuple[Model, Request, Tensor, float] | None = None
     runs: list[Outcome] = field(default_factory=list)
     folder: tempfile.TemporaryDirectory[str] | None = None
-    shown: tuple[Model, Outcome | None, str] = field(init=False)
 
 
 class _Stopped(Exception):
@@ -117,28 +116,29 @@ class Page:
             gr.Warning(problem, title="Please change")
         return [gr.validate(name not in problems, problems.get(name, "")) for name in NAMES]
 
+    def clear(self, request: gr.Request, name: str, *_: Any) -> tuple[Any, ...]:
+        """Show nothing, before a run."""
+        return self._shown(self.sessions[request.session_hash], self.model(name), None)
+
     def generate(
         self, request: gr.Request, progress: gr.Progress = gr.Progress(), *inputs: Any,  # noqa: B008
-    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
-        """Clear what is shown, then show a run, or what the page holds where it was stopped."""
+    ) -> tuple[Any, ...]:  # fmt: skip
+        """Show a run; nothing new where it was stopped."""
         settings, session, this = Settings(*inputs), self.sessions[request.session_hash], object()
         session.current = this
         model = self.model(settings.model)
-        yield self._shown(session, model, None)
         try:
             with self._lock:
                 outcome = self._run(model, settings, session, this, progress)
         except _Stopped:
-            # Else Gradio, where it is fast enough, gives what came before once more.
-            yield self._shown(session, *session.shown)
-            return
+            return (gr.skip(),) * OUTPUTS
         except torch.OutOfMemoryError:
             raise gr.Error("Out of memory. Take a smaller size, or start `tap ui` with --dtype bfloat16.") from None
         except (ConfigError, UsageError) as error:
             raise gr.Error(str(error)) from None
         session.current = None
         session.runs = [*session.runs, outcome][-KEPT:]
-        yield self._shown(session, model, outcome)
+        return self._shown(session, model, outcome)
 
     def _run(self, model: Model, settings: Settings, session: Session, this: object, progress: Any) -> Outcome:
         wanted, config, pipe = model.request(settings), settings.config, model.pipe
@@ -192,9 +192,8 @@ class Page:
     def stop(self, name: str, request: gr.Request) -> tuple[Any, ...]:
         """Stop the session's run after the step that it is at, and show nothing."""
         session = self.sessions[request.session_hash]
-        shown = self._shown(session, self.model(name), None, "<p>Stopped.</p>")
         session.current = None
-        return shown
+        return self._shown(session, self.model(name), None, "<p>Stopped.</p>")
 
     def leave(self, request: gr.Request) -> None:
         """Stop and forget a session."""
@@ -226,7 +225,6 @@ class Page:
 
     def _shown(self, session: Session, model: Model, outcome: Outcome | None, words: str = "") -> tuple[Any, ...]:
         """What the right half of the page and the parts below it hold: of a run, or nothing but these words."""
-        session.shown = model, outcome, words
         place = next((i for i, run in enumerate(session.runs) if run is outcome), None)
         drawn = outcome.drawn if outcome else None
         frames = outcome.frames if outcome else 0
@@ -296,14 +294,17 @@ class Page:
             outputs = [pictures, video, result, python, code, runs, section, shown, at, play]
             prompt, model = inputs["prompt"], inputs["model"]
             values = list(inputs.values())
-            ran = gr.on(
-                [go.click, prompt.submit], self.generate, values, outputs, validator=self.validate,
-                show_progress_on=[pictures, video], concurrency_limit=1, **private,
+            cleared = gr.on(
+                [go.click, prompt.submit], self.clear, values, outputs, validator=self.validate,
+                show_progress="hidden", concurrency_limit=None, **private,
             )  # fmt: skip
+            ran = cleared.success(
+                self.generate, values, outputs, show_progress_on=[pictures, video], concurrency_limit=1, **private
+            )
             stop.click(self.stop, model, outputs, **aside)
             whole = [*values, examples, *outputs]
             model.input(self.change, model, whole, queue=False, show_progress_on=[pictures, video], **private)
-            gr.on([stop.click, model.input], None, cancels=ran)  # for a run that still waits for its turn
+            gr.on([stop.click, model.input], None, cancels=[cleared, ran])  # for a run that still waits for its turn
             runs.click(self.bring_back, None, whole, **aside)
             examples.click(lambda sample: sample[0], examples, prompt, **aside)
             random.click(None, None, inputs["seed"], js="() => Math.floor(2 ** 32 * Math.random())")
