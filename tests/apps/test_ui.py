@@ -324,8 +324,8 @@ def test_a_pipeline_of_another_kind() -> None:
 def test_videos_are_side_by_side() -> None:
     pipe = build_sprites()
     page = page_of(pipe, "some/model")
-    settings = {"model": "some/model", "prompt": "red apple moves left over grass", "guidance": 3.0, "frames": 4}
-    settings |= {"width": None, "height": None}
+    settings: dict[str, Any] = {"guidance": 3.0, "frames": 4, "width": None, "height": None}
+    settings |= {"model": "some/model", "prompt": "red apple moves left over grass"}
     shown = generated(page, **settings)
     assert not shown["pictures"]["visible"]
     assert shown["video"]["visible"]
@@ -438,7 +438,7 @@ def test_steps_are_counted_whatever_the_pipeline_tells(make: Callable[[], Any]) 
     def after_step() -> None:
         steps[0] += 1
 
-    size = {"height": 16, "width": 16, "frames": 5} if make is wan else {}
+    size: dict[str, Any] = {"height": 16, "width": 16, "frames": 5} if make is wan else {}
     prompt = "1" if make is dit else "red apple"
     with watched(pipe, after_step):
         run(pipe, Request([prompt], 7, **size), "")

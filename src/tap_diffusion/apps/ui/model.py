@@ -92,7 +92,8 @@ class Model:
         if pipelines.condition(pipe) == "prompt":
             self.defaults["prompt"] = self.examples[0] if self.examples else ""
         else:
-            count = transformers(pipe)[0].config.num_embeds_ada_norm
+            config: Any = transformers(pipe)[0].config
+            count = config.num_embeds_ada_norm
             named = getattr(pipe, "labels", None) or {f"class {i}": i for i in range(count)}
             self.classes = sorted(named.items(), key=lambda item: item[1])
             self.defaults["label"] = self.classes[0][1]
@@ -124,11 +125,14 @@ class Model:
     def request(self, settings: Settings) -> Request:
         """What to generate."""
         subject = str(settings.label) if self.classes else prompt_for(self.name, settings.prompt)
-        sizes = (None if size is None else int(size) for size in (settings.height, settings.width, settings.frames))
+        height, width, frames = (
+            None if size is None else int(size) for size in (settings.height, settings.width, settings.frames)
+        )
         negative = prompt_for(self.name, settings.negative_prompt or "") or None
         return Request(
-            [subject], int(settings.steps), int(settings.seed), settings.guidance, *sizes, negative_prompt=negative
-        )
+            [subject], int(settings.steps), int(settings.seed), settings.guidance, height, width, frames,
+            negative_prompt=negative,
+        )  # fmt: skip
 
     def problems(self, settings: Settings) -> dict[str, str]:
         """What is wrong, by name of the control, and its remedy; empty where nothing is."""
