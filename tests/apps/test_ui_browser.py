@@ -216,7 +216,11 @@ def test_generates_and_shows_each_step(tab: Callable[[], Any], tmp_path: Path) -
 
 def test_explains_bad_input_in_place(tab: Callable[[], Any]) -> None:
     page = tab()
-    fill(page, prompt="red applle", seed=-1, steps=6)
+    page.set_viewport_size({"width": 400, "height": 600})
+    fill(page, seed=-1)
+    page.locator("#go").click()
+    page.wait_for_function("document.querySelector('#seed .validation-error')?.getBoundingClientRect().top < 600")
+    fill(page, prompt="red applle", steps=6)
     page.locator("#go").click()
     page.locator("#prompt", has_text="never saw the word “applle”").wait_for()
     page.locator("#seed", has_text="a whole number from 0").wait_for()
@@ -262,7 +266,7 @@ def test_another_model_has_other_controls_and_its_videos_play(tab: Callable[[], 
         2 * 512 + 32, 512, False
     ]  # fmt: skip
 
-    executed(copied(page) + "import numpy\nnumpy.save('frames.npy', frames)\n", tmp_path)
+    executed(copied(page) + "\nimport numpy\nnumpy.save('frames.npy', frames)\n", tmp_path)
     settings = {"guidance": 3.0, "steps": 12, "seed": 2}
     wanted = expected(TAPConfig(full_steps=6), "fox face spins over bricks", "sprites", **settings)
     frames = np.load(tmp_path / "frames.npy")

@@ -109,11 +109,9 @@ class Page:
         return self._models[name]
 
     def validate(self, *inputs: Any) -> list[dict[str, Any]]:
-        """:meth:`Model.problems` at each input, and above the page too, since an input may be out of sight."""
+        """:meth:`Model.problems` as Gradio shows them, each at its input."""
         settings = Settings(*inputs)
         problems = self.model(settings.model).problems(settings)
-        for problem in problems.values():
-            gr.Warning(problem, title="Please change")
         return [gr.validate(name not in problems, problems.get(name, "")) for name in NAMES]
 
     def clear(self, request: gr.Request, name: str, *_: Any) -> tuple[Any, ...]:
@@ -172,11 +170,7 @@ class Page:
         (decibels,) = psnr(result, plain)
         last = to_image(result[0, -1] if model.is_video else result[0])
         title, details = _said(model, settings)
-        frames, html = (
-            (0, "<p>Maps are drawn for pictures, not for videos.</p>")
-            if model.is_video
-            else maps(account, wanted.steps, last)
-        )
+        frames, html = (0, "") if model.is_video else maps(account, wanted.steps, last)
         return Outcome(
             settings,
             _side_by_side(session, plain[0], result[0])
@@ -235,7 +229,7 @@ class Page:
             gr.update(visible=outcome is not None),
             outcome.source if outcome else "",
             history([run.line for run in session.runs], place),
-            gr.update(visible=outcome is not None),
+            gr.update(visible=outcome is not None and not model.is_video),
             outcome.maps if outcome else "",
             gr.update(maximum=max(2, frames), value=1, visible=frames > 1),
             gr.update(visible=frames > 1),
@@ -298,6 +292,7 @@ class Page:
                 [go.click, prompt.submit], self.clear, values, outputs, validator=self.validate,
                 show_progress="hidden", concurrency_limit=None, **private,
             )  # fmt: skip
+            gr.on([go.click, prompt.submit], None, js=_FIND)
             ran = cleared.success(
                 self.generate, values, outputs, show_progress_on=[pictures, video], concurrency_limit=1, **private
             )
@@ -364,6 +359,15 @@ BUDGETS = {
 }
 _SHOW = "(i) => document.querySelectorAll('#maps [data-frame]').forEach(e => { e.hidden = e.dataset.frame != i })"
 _NEXT = "(i) => i % document.querySelectorAll('#maps .words [data-frame]').length + 1"
+# What is wrong may be out of sight, on a phone. Gradio has no event for it.
+_FIND = """() => {
+    const find = (tries) => {
+        const wrong = document.querySelector('.validation-error')
+        if (wrong) wrong.scrollIntoView({block: 'center'})
+        else if (tries) setTimeout(find, 100, tries - 1)
+    }
+    setTimeout(find, 100, 20)
+}"""
 _CHOOSE = """element.addEventListener('click', event => {
     const run = event.target.closest('[data-run]')
     if (run) trigger('click', {run: Number(run.dataset.run)})
