@@ -292,7 +292,8 @@ class Page:
                 [go.click, prompt.submit], self.clear, values, outputs, validator=self.validate,
                 show_progress="hidden", concurrency_limit=None, **private,
             )  # fmt: skip
-            gr.on([go.click, prompt.submit], None, js=_FIND)
+            go.click(None, prompt, js=_FIND)
+            prompt.submit(None, prompt, js=_FIND)
             ran = cleared.success(
                 self.generate, values, outputs, show_progress_on=[pictures, video], concurrency_limit=1, **private
             )
@@ -366,7 +367,7 @@ _FIND = """() => {
         if (wrong) wrong.scrollIntoView({block: 'center'})
         else if (tries) setTimeout(find, 100, tries - 1)
     }
-    setTimeout(find, 100, 20)
+    setTimeout(find, 100, 100)
 }"""
 _CHOOSE = """element.addEventListener('click', event => {
     const run = event.target.closest('[data-run]')
