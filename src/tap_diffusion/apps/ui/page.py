@@ -292,8 +292,6 @@ class Page:
                 [go.click, prompt.submit], self.clear, values, outputs, validator=self.validate,
                 show_progress="hidden", concurrency_limit=None, **private,
             )  # fmt: skip
-            go.click(None, prompt, js=_FIND)
-            prompt.submit(None, prompt, js=_FIND)
             ran = cleared.success(
                 self.generate, values, outputs, show_progress_on=[pictures, video], concurrency_limit=1, **private
             )
@@ -360,15 +358,6 @@ BUDGETS = {
 }
 _SHOW = "(i) => document.querySelectorAll('#maps [data-frame]').forEach(e => { e.hidden = e.dataset.frame != i })"
 _NEXT = "(i) => i % document.querySelectorAll('#maps .words [data-frame]').length + 1"
-# What is wrong may be out of sight, on a phone. Gradio has no event for it.
-_FIND = """() => {
-    const find = (tries) => {
-        const wrong = document.querySelector('.validation-error')
-        if (wrong) wrong.scrollIntoView({block: 'center'})
-        else if (tries) setTimeout(find, 100, tries - 1)
-    }
-    setTimeout(find, 100, 100)
-}"""
 _CHOOSE = """element.addEventListener('click', event => {
     const run = event.target.closest('[data-run]')
     if (run) trigger('click', {run: Number(run.dataset.run)})
