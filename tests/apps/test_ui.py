@@ -1,4 +1,4 @@
-"""The page of `tap ui`: what is behind it, and itself in a real browser where chromium and playwright are there."""
+"""What is behind the page of `tap ui`. The page itself, in a real browser: test_ui_browser.py."""
 
 # ruff: noqa: E402
 from __future__ import annotations
@@ -6,17 +6,17 @@ from __future__ import annotations
 import base64
 import io
 import re
-import shutil
 import socket
 import sys
-import threading
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import astuple
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -25,15 +25,19 @@ from typer.testing import CliRunner
 
 gr = pytest.importorskip("gradio", reason="the extra `ui` is not installed")
 
-from test_generate import dit, sd3
+from test_generate import dit, sd3, wan
 from test_sprites import build as build_sprites
 
 from tap_diffusion import TAPConfig, enabled, report
+from tap_diffusion.apps import media
 from tap_diffusion.apps.cli import app
 from tap_diffusion.apps.generate import Request, psnr, run
 from tap_diffusion.apps.sheets import colour, to_image
-from tap_diffusion.apps.ui.page import FASTER, FULL, METHODS, Page, RecordingEngine, full_steps, serve
-from tap_diffusion.apps.ui.parts import maps
+from tap_diffusion.apps.ui import page as page_module
+from tap_diffusion.apps.ui.methods import FASTER, FULL, METHODS, RecordingEngine, full_steps
+from tap_diffusion.apps.ui.model import NAMES, Model, Settings, watched
+from tap_diffusion.apps.ui.page import Page, serve
+from tap_diffusion.apps.ui.parts import maps, meaning
 from tap_diffusion.core.errors import UsageError
 from tap_diffusion.core.predictors import Candidate
 from tap_diffusion.core.report import Choice, Report
@@ -43,22 +47,37 @@ from tiny import build_pipeline, count_calls
 
 RECOMMENDED, PAPER = list(METHODS)[:2]
 INPUTS: dict[str, Any] = {
-    "prompt": "red apple", "seed": 3, "steps": 12, "kind": FULL, "budget": 4, "method": RECOMMENDED
+    "model": "emoji", "prompt": "red apple", "label": None, "negative_prompt": "", "guidance": 2.0, "width": 32,
+    "height": 32, "frames": None, "seed": 3, "steps": 12, "kind": FULL, "budget": 4, "method": RECOMMENDED,
 }  # fmt: skip
-FASHION = Path(__file__).parents[2] / "docs" / "bench" / "fashion"
+OUTPUTS = ("pictures", "video", "results", "python", "script", "runs", "section", "maps", "at", "play")
+
+
+def page_of(pipe: Any, model: str = "emoji") -> Page:
+    """With the words of ``emoji``, which are those that the tiny pipeline knows."""
+    return Page(model, {model: pipe}.__getitem__)
 
 
 @pytest.fixture
 def page(pipe: Any) -> Page:
-    return Page(pipe, "emoji")  # whose words are those that the tiny pipeline knows
+    return page_of(pipe)
 
 
 def of(session: str) -> Any:
     return SimpleNamespace(session_hash=session)
 
 
-def generated(page: Page, session: str = "a", progress: Any = lambda *_, **__: None, **changes: Any) -> Any:
-    return page.generate(**INPUTS | changes, request=of(session), progress=progress)
+def generated(page: Page, session: str = "a", progress: Any = lambda *_, **__: None, **changes: Any) -> dict[str, Any]:
+    """What is shown then, by the names of :data:`OUTPUTS`."""
+    settings = Settings(**INPUTS | changes)
+    return dict(zip(OUTPUTS, page.generate(of(session), progress, *astuple(settings)), strict=True))
+
+
+def pictures(shown: dict[str, Any]) -> tuple[Image.Image, Image.Image]:
+    assert shown["pictures"]["visible"]
+    assert not shown["video"]["visible"]
+    both: tuple[Image.Image, Image.Image] = shown["pictures"]["value"]
+    return both
 
 
 @cache
@@ -78,18 +97,30 @@ def shrunk(image: Image.Image, size: int = 32) -> np.ndarray:
     return pixels[::step, ::step]
 
 
+def assert_shows(shown: dict[str, Any], plain: torch.Tensor, accelerated: torch.Tensor) -> None:
+    for image, wanted in zip(pictures(shown), (plain, accelerated), strict=True):
+        np.testing.assert_array_equal(shrunk(image, wanted.shape[-1]), np.asarray(to_image(wanted[0])))
+
+
+def assert_shows_nothing(shown: dict[str, Any], runs: int = 0) -> None:
+    assert shown["pictures"]["value"] is shown["video"]["value"] is None
+    assert [shown[name] for name in ("maps", "script")] == ["", ""]
+    assert not any(shown[name]["visible"] for name in ("python", "section", "at", "play"))
+    assert shown["runs"].count("<li>") == runs
+    assert "aria-current='true'" not in shown["runs"]
+
+
 # ------------------------------------------------------------------------------------------------------- what is behind
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_pictures_are_those_of_generate(page: Page, method: str) -> None:
-    (full, accelerated), table, *_ = generated(page, method=method)
-    config = METHODS[method](12, 4)
-    plain, picture = expected(None), expected(config)
-    np.testing.assert_array_equal(shrunk(full), np.asarray(to_image(plain[0])))
-    np.testing.assert_array_equal(shrunk(accelerated), np.asarray(to_image(picture[0])))
-    assert f"{psnr(picture, plain)[0]:.1f} dB" in table
-    assert hooks(page.pipe) == []
+    shown = generated(page, method=method)
+    plain, picture = expected(None), expected(METHODS[method](12, 4))
+    assert_shows(shown, plain, picture)
+    assert f"{psnr(picture, plain)[0]:.1f} dB" in shown["results"]
+    assert f"{psnr(picture, plain)[0]:.1f} dB" in shown["runs"]
+    assert hooks(page.first.pipe) == []
 
 
 def test_methods_are_what_they_say() -> None:
@@ -134,37 +165,42 @@ def test_the_engine_keeps_the_loss_of_what_was_taken(pipe: Any) -> None:
 
 
 def test_sessions_share_nothing(page: Page) -> None:
-    calls = count_calls(page.pipe.transformer)
+    calls, accelerated = count_calls(page.first.pipe.transformer), expected(TAPConfig(full_steps=4))
     first = generated(page, "a")
     per_run = calls[0]
     other = generated(page, "b", prompt="blue book")
     assert calls[0] == 2 * per_run
     again = generated(page, "a")  # the plain picture of this session is still there
     assert calls[0] == 2.5 * per_run
-    for one, two in zip(first[0], again[0], strict=True):
-        np.testing.assert_array_equal(np.asarray(one), np.asarray(two))
-    np.testing.assert_array_equal(shrunk(other[0][0]), np.asarray(to_image(expected(None, "blue book")[0])))
+    for shown in (first, again):
+        assert_shows(shown, expected(None), accelerated)
+    assert_shows(other, expected(None, "blue book"), expected(TAPConfig(full_steps=4), "blue book"))
+    assert [shown["runs"].count("<li>") for shown in (first, other, again)] == [1, 1, 2]
     assert set(page.sessions) == {"a", "b"}
     page.leave(of("a"))
     assert set(page.sessions) == {"b"}
 
 
-@pytest.mark.parametrize("title", ["Every step full", RECOMMENDED])
+@pytest.mark.parametrize("title", ["Every step full", "Accelerated"])
 def test_stop_stops_between_steps_and_leaves_all_usable(page: Page, title: str) -> None:
     seen: list[tuple[str, int]] = []
 
     def progress(at: tuple[int, int], desc: str) -> None:
         seen.append((desc, at[0]))
         if (desc, at[0]) == (title, 5):
-            page.stop(of("a"))
+            stopped.append(dict(zip(OUTPUTS, page.stop("emoji", of("a")), strict=True)))
 
-    outcome = generated(page, progress=progress)
-    assert outcome == (gr.skip(),) * 6
+    generated(page, prompt="blue book")
+    stopped: list[dict[str, Any]] = []
+    cleared = dict(zip(OUTPUTS, page.clear(of("a"), "emoji"), strict=True))
+    assert set(map(str, generated(page, progress=progress).values())) == {str(gr.skip())}
+    for shown in (cleared, *stopped):
+        assert_shows_nothing(shown, runs=1)
+    assert [shown["results"] for shown in (cleared, *stopped)] == ["", "<p>Stopped.</p>"]
     assert seen[-1] == (title, 5)
-    assert hooks(page.pipe) == []
-    (full, accelerated), *_ = generated(page)
-    np.testing.assert_array_equal(shrunk(full), np.asarray(to_image(expected(None)[0])))
-    np.testing.assert_array_equal(shrunk(accelerated), np.asarray(to_image(expected(TAPConfig(full_steps=4))[0])))
+    assert hooks(page.first.pipe) == []
+    assert "progress_bar" not in vars(page.first.pipe)
+    assert_shows(generated(page), expected(None), expected(TAPConfig(full_steps=4)))
 
 
 def test_a_closed_tab_stops_its_run_and_no_other(page: Page) -> None:
@@ -172,87 +208,255 @@ def test_a_closed_tab_stops_its_run_and_no_other(page: Page) -> None:
 
     def progress(at: tuple[int, int], desc: str) -> None:
         seen.append((desc, at[0]))
-        page.stop(of("b"))
+        page.stop("emoji", of("b"))
         page.leave(of("b"))
-        if desc == RECOMMENDED:
+        if desc == "Accelerated":
             page.leave(of("a"))
 
-    assert generated(page, "a", progress) == (gr.skip(),) * 6
-    assert seen[-2:] == [("Every step full", 12), (RECOMMENDED, 1)]
+    assert generated(page, "a", progress)["pictures"] == gr.skip()
+    assert seen[-2:] == [("Every step full", 12), ("Accelerated", 1)]
 
 
 def test_an_error_in_a_run_leaves_all_usable(page: Page) -> None:
     def progress(at: tuple[int, int], desc: str) -> None:
-        if desc == RECOMMENDED and at[0] == 7:
+        if desc == "Accelerated" and at[0] == 7:
             raise torch.OutOfMemoryError
 
-    with pytest.raises(gr.Error, match="Out of memory: start `tap ui`"):
+    with pytest.raises(gr.Error, match=r"Out of memory\. Take a smaller size, or start `tap ui`"):
         generated(page, progress=progress)
-    assert hooks(page.pipe) == []
-    (_, accelerated), *_ = generated(page)
-    np.testing.assert_array_equal(shrunk(accelerated), np.asarray(to_image(expected(TAPConfig(full_steps=4))[0])))
+    assert hooks(page.first.pipe) == []
+    assert_shows(generated(page), expected(None), expected(TAPConfig(full_steps=4)))
 
 
 @pytest.mark.parametrize(
     ("changes", "place", "words"),
     [
-        ({"prompt": " "}, 0, "Say what to draw"),
-        ({"prompt": "red applle"}, 0, "never saw the word “applle”. It knows, for example: apple"),
-        ({"prompt": "red qqq"}, 0, "It knows, for example: red"),
-        ({"prompt": "red " * 9}, 0, "The model reads 8 tokens, and this has 10"),
-        ({"seed": -1}, 1, "a whole number from 0"),
-        ({"seed": 1.5}, 1, "a whole number from 0"),
-        ({"seed": None}, 1, "a whole number from 0"),
-        ({"steps": 1}, 2, "from 2 to 1000"),
-        ({"steps": None}, 2, "from 2 to 1000"),
-        ({"budget": None}, 4, "a whole number of at least 1"),
-        ({"budget": 0}, 4, "a whole number of at least 1"),
-        ({"budget": 2.5}, 4, "a whole number of at least 1"),
-        ({"budget": 12}, 4, "leaves none of 12 steps to predict. Give at most 11, or take more steps"),
-        ({"kind": FASTER, "budget": 5, "steps": 6}, 4, "At least 6 are full: say how many, or take more steps"),
-        ({"kind": FASTER, "budget": 0.5}, 4, "a number of at least 1"),
-        ({"budget": 2, "method": PAPER}, 4, "3 warm-up steps are more than the 2 full steps wanted. Give more"),
+        ({"prompt": " "}, "prompt", "Say what to draw"),
+        ({"prompt": "red applle"}, "prompt", "never saw the word “applle”. It knows, for example: apple"),
+        ({"prompt": "red qqq"}, "prompt", "It knows, for example: red"),
+        ({"prompt": "red " * 9}, "prompt", "The model reads 8 tokens, and this has 10"),
+        ({"negative_prompt": "qqq"}, "negative_prompt", "never saw the word “qqq”"),
+        ({"negative_prompt": "red", "guidance": 1}, "guidance", "a negative prompt has no effect. Give more than 1"),
+        ({"width": 33}, "width", "The width must be a multiple of 4"),
+        ({"height": 0}, "height", "The height must be a multiple of 4"),
+        ({"seed": -1}, "seed", "a whole number from 0"),
+        ({"seed": 1.5}, "seed", "a whole number from 0"),
+        ({"seed": None}, "seed", "a whole number from 0"),
+        ({"steps": 1}, "steps", "from 2 to 1000"),
+        ({"steps": None}, "steps", "from 2 to 1000"),
+        ({"budget": None}, "budget", "must be a whole number of at least 1"),
+        ({"budget": 0}, "budget", "must be a whole number of at least 1"),
+        ({"budget": 2.5}, "budget", "must be a whole number of at least 1"),
+        ({"budget": 12}, "budget", "leaves none of 12 steps to predict. Give at most 11, or take more steps"),
+        ({"kind": FASTER, "budget": 5, "steps": 6}, "budget", "At least 6 are full: say how many, or take more steps"),
+        ({"kind": FASTER, "budget": 0.5}, "budget", "must be a number of at least 1"),
+        ({"budget": 2, "method": PAPER}, "budget", "3 warm-up steps are more than the 2 full steps wanted. Give more"),
         ({"prompt": "Red APPLE"}, None, ""),
         ({"kind": FASTER, "budget": 1.5}, None, ""),
+        ({"guidance": None, "width": None, "height": None}, None, ""),
     ],
 )
 def test_bad_input_is_explained_at_its_place(
-    page: Page, changes: dict[str, Any], place: int | None, words: str
+    page: Page, changes: dict[str, Any], place: str | None, words: str
 ) -> None:
-    problems = page.problems(**INPUTS | changes)
-    assert [i for i, problem in enumerate(problems) if problem] == ([] if place is None else [place])
-    assert words in problems[place or 0]
-    checks = page.validate(*(INPUTS | changes).values())
-    assert [check["is_valid"] for check in checks] == [not problem for problem in problems]
+    settings = Settings(**INPUTS | changes)
+    problems = page.first.problems(settings)
+    assert list(problems) == ([] if place is None else [place])
+    assert words in "".join(problems.values())
+    checks = page.validate(*astuple(settings))
+    assert [check["is_valid"] for check in checks] == [name != place for name in NAMES]
 
 
 def test_words_are_asked_of_the_embedded_model_alone(pipe: Any) -> None:
-    assert not any(Page(pipe, "some/model").problems("a dog", 0, 12, FULL, 4, PAPER))
+    assert Model("some/model", pipe).problems(Settings(**INPUTS | {"prompt": "a dog"})) == {}
 
 
-@pytest.mark.parametrize("make", [dit, build_sprites])
-def test_pipelines_that_draw_something_else_are_refused(make: Callable[[], Any]) -> None:
-    with pytest.raises(UsageError, match=r"(DiT|PixelWan)Pipeline draws something else"):
-        Page(make(), "x")
+def flux_with_guidance_as_an_input() -> Any:
+    return build_pipeline(guidance_embeds=True)
+
+
+ALWAYS = {"model", "seed", "steps"}
+TAKEN: dict[Callable[[], Any], dict[str, Any]] = {
+    build_pipeline: {"prompt": "", "negative_prompt": "", "guidance": 1.0, "width": 32, "height": 32},
+    flux_with_guidance_as_an_input: {"prompt": "", "guidance": 3.5, "width": 32, "height": 32},
+    sd3: {"prompt": "", "negative_prompt": "", "guidance": 7.0},
+    wan: {"prompt": "", "negative_prompt": "", "guidance": 5.0, "width": 832, "height": 480, "frames": 81},
+    build_sprites: {"prompt": "", "negative_prompt": "", "guidance": 3.0, "frames": 3},
+    dit: {"label": 0, "guidance": 4.0},
+}
+
+
+@pytest.mark.parametrize("make", TAKEN)
+def test_only_controls_that_the_pipeline_takes_are_shown(make: Callable[[], Any]) -> None:
+    model, wanted = Model("some/model", make()), TAKEN[make]
+    shown = {name: value for name, value in model.defaults.items() if name not in ALWAYS}
+    if make is sd3:  # of its own size, which is of its parts
+        size = model.pipe.default_sample_size * model.pipe.vae_scale_factor
+        wanted = wanted | {"width": size, "height": size}
+    assert shown == wanted
+
+
+def test_a_pipeline_that_needs_more_than_a_prompt_is_refused() -> None:
+    pipe = diffusers.WanImageToVideoPipeline(**wan().components)
+    with pytest.raises(UsageError, match="WanImageToVideoPipeline needs more than prompts"):
+        page_of(pipe)
 
 
 def test_a_pipeline_of_another_kind() -> None:
     """Both branches of guidance in one batch, of which the maps show the one with the prompt."""
     pipe = sd3()
-    (full, accelerated), *_, html, slider, _ = generated(Page(pipe, "some/model"))
+    shown = generated(page_of(pipe, "some/model"), model="some/model", guidance=7.0, width=None, height=None)
     request = Request(["red apple"], 12, 3)
     plain = run(pipe, request, "")[0]
     with enabled(pipe, METHODS[RECOMMENDED](12, 4)):
         picture, _ = run(pipe, request, "")
         choices = report(pipe).choices
-    for shown, expected_picture in ((full, plain), (accelerated, picture)):
-        np.testing.assert_array_equal(shrunk(shown, picture.shape[-1]), np.asarray(to_image(expected_picture[0])))
-    assert slider.maximum == len(choices) > 2
+    assert_shows(shown, plain, picture)
+    assert shown["at"]["maximum"] == len(choices) > 2
     assert choices[0].index.shape[0] == 2
     for choice in choices:
         share = (choice.index[-1] == 0).float().mean()
-        assert f"Step {choice.step + 1} of 12.</strong>" in html
-        assert f"order 1 {100 * share:.0f} %" in html or share == 0
+        assert f"Step {choice.step + 1} of 12.</strong>" in shown["maps"]
+        assert f"order 1 {100 * share:.0f} %" in shown["maps"] or share == 0
+
+
+def test_videos_are_side_by_side() -> None:
+    pipe = build_sprites()
+    page = page_of(pipe, "some/model")
+    settings: dict[str, Any] = {"guidance": 3.0, "frames": 4, "width": None, "height": None}
+    settings |= {"model": "some/model", "prompt": "red apple moves left over grass"}
+    shown = generated(page, **settings)
+    assert not shown["pictures"]["visible"]
+    assert shown["video"]["visible"]
+    file = Path(shown["video"]["value"])
+    video = media.decoded(file)
+    request = Request([settings["prompt"]], 12, 3, 3.0, frames=4)
+    plain = run(pipe, request, "")[0][0]
+    with enabled(pipe, TAPConfig(full_steps=4)):
+        accelerated = run(pipe, request, "")[0][0]
+    scale, width = 64, 8
+    for left, wanted in ((0, plain), (width + 2, accelerated)):
+        part = video[..., scale * left : scale * (left + width)].unflatten(-1, (width, scale)).mean(-1)
+        part = part.unflatten(-2, (width, scale)).mean(-2)
+        assert psnr(part[None], wanted[None])[0] > 30  # what the codec leaves
+    assert not shown["section"]["visible"]
+    page.leave(of("a"))
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "changes"),
+    [
+        (build_pipeline, {"negative_prompt": "blue book"}),
+        (build_pipeline, {"method": PAPER, "height": 24}),
+        (flux_with_guidance_as_an_input, {"guidance": 3.5}),
+        (sd3, {"guidance": 5.0, "width": None, "height": None, "method": list(METHODS)[-1]}),
+        (dit, {"label": 7, "width": None, "height": None, "kind": FASTER, "budget": 1.5}),
+    ],
+)
+def test_the_copied_script_draws_the_same(
+    make: Callable[[], Any], changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make().save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    name = str(tmp_path)
+    page = Page(name, lambda source: diffusers.DiffusionPipeline.from_pretrained(source))
+    shown = generated(page, **{"model": name} | changes)
+    exec(compile(shown["script"], "script.py", "exec"), {})
+    drawn = np.asarray(Image.open("picture.png"))
+    accelerated = pictures(shown)[1]
+    step = accelerated.width // drawn.shape[1]
+    np.testing.assert_array_equal(np.asarray(accelerated)[::step, ::step], drawn)
+    assert not np.array_equal(drawn, np.asarray(pictures(shown)[0])[::step, ::step])
+
+
+def test_a_quote_in_a_prompt_does_not_break_the_script(page: Page) -> None:
+    prompt = 'say "hi"\\ it\'s {a} π\n'
+    page = page_of(page.first.pipe, "some/model")
+    script = generated(page, model="some/model", prompt=prompt)["script"]
+    call: list[dict[str, Any]] = []
+    found = re.search(r"(?s)pipe\((.*)\)\.images", script)
+    assert found is not None
+    eval(f"keep({found[1]})", {"keep": lambda **arguments: call.append(arguments), "torch": torch})
+    assert call[0]["prompt"] == prompt
+
+
+def test_earlier_runs_come_back_whole(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_module, "KEPT", 3)
+    changes = {"negative_prompt": "blue book", "method": PAPER}
+    first = generated(page, **changes)
+    for seed in range(2):
+        generated(page, seed=seed, kind=FASTER, budget=1.5)
+    back = page.bring_back(gr.EventData(None, {"run": 0}), of("a"))
+    controls, shown = back[: len(NAMES)], dict(zip(OUTPUTS, back[len(NAMES) + 1 :], strict=True))
+    values = {name: control["value"] for name, control in zip(NAMES, controls, strict=True)}
+    assert values == INPUTS | changes
+    assert controls[NAMES.index("budget")]["label"] == "Full steps"
+    for one, two in zip(pictures(first), pictures(shown), strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(two))
+    for name in ("results", "script", "maps"):
+        assert shown[name] == first[name]
+    assert "data-run='0' aria-current='true'" in shown["runs"]
+    assert shown["runs"].count("<li>") == 3
+    last = generated(page)
+    assert last["runs"].count("<li>") == 3  # the first is forgotten
+    assert PAPER not in last["runs"]
+
+
+def test_another_model_has_its_own_controls_and_stops_the_run(page: Page) -> None:
+    video = build_sprites()
+    page._load = {"sprites": video}.__getitem__
+    back: list[list[Any]] = []
+
+    def progress(at: tuple[int, int], desc: str) -> None:
+        if not back:
+            page._models["sprites"] = Model("sprites", video)
+            back.append(page.change("sprites", of("a")))
+
+    assert generated(page, progress=progress)["pictures"] == gr.skip()
+    controls = dict(zip(NAMES, back[0], strict=False))
+    visible = {name for name, control in controls.items() if control.get("visible")}
+    assert visible == {"prompt", "negative_prompt", "guidance", "frames"}
+    assert controls["prompt"]["value"] == "red apple moves left over grass"
+    assert controls["seed"] == gr.skip()
+    shown = dict(zip(OUTPUTS, back[0][len(NAMES) + 1 :], strict=True))
+    assert_shows_nothing(shown)
+    assert shown["video"]["visible"]
+    with pytest.raises(gr.Error, match="unknown model"):
+        Page("emoji", lambda name: page.first.pipe if name == "emoji" else unknown(name)).change("x", of("a"))
+
+
+def unknown(name: str) -> Any:
+    raise UsageError(f"unknown model '{name}'")
+
+
+@pytest.mark.parametrize("make", [build_pipeline, build_sprites, dit, wan])
+def test_steps_are_counted_whatever_the_pipeline_tells(make: Callable[[], Any]) -> None:
+    pipe, steps = make(), [0]
+
+    def after_step() -> None:
+        steps[0] += 1
+
+    size: dict[str, Any] = {"height": 16, "width": 16, "frames": 5} if make is wan else {}
+    prompt = "1" if make is dit else "red apple"
+    with watched(pipe, after_step):
+        run(pipe, Request([prompt], 7, **size), "")
+    assert steps == [7]
+    assert "progress_bar" not in vars(pipe)
+
+
+@pytest.mark.parametrize(
+    ("decibels", "words"),
+    [
+        (float("inf"), "equal"),
+        (47.9, "47.9 dB</strong>, hard to tell apart"),
+        (33.0, "33.0 dB</strong>, fine detail differs"),
+        (20.0, "20.0 dB</strong>, you can see differences"),
+        (3.2, "3.2 dB</strong>, another picture"),
+    ],
+)
+def test_what_a_psnr_means(decibels: float, words: str) -> None:
+    assert words in meaning(decibels)
 
 
 def test_maps_colour_each_token_by_what_it_took_and_its_loss() -> None:
@@ -274,10 +478,10 @@ def test_maps_colour_each_token_by_what_it_took_and_its_loss() -> None:
 
 
 def test_one_predictor_has_no_maps(page: Page) -> None:
-    *_, html, slider, play = generated(page, method=list(METHODS)[-1])
-    assert "nothing to choose" in html
-    assert not slider.visible
-    assert not play.visible
+    shown = generated(page, method=list(METHODS)[-1])
+    assert "nothing to choose" in shown["maps"]
+    assert not shown["at"]["visible"]
+    assert not shown["play"]["visible"]
 
 
 @pytest.mark.parametrize(
@@ -307,17 +511,6 @@ def test_the_command_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 # -------------------------------------------------------------------------------------------------------------- serving
 
 
-@pytest.fixture(scope="module")
-def served() -> Iterator[tuple[Page, str]]:
-    """A page and its address, on a free port."""
-    from tap_bench.report import frontier
-
-    page = Page(build_pipeline(), "emoji")
-    blocks = page.blocks(frontier(FASHION))
-    yield page, serve(blocks, "127.0.0.1", None)
-    blocks.close()
-
-
 @pytest.mark.slow
 def test_it_listens_at_localhost_and_asks_nobody(monkeypatch: pytest.MonkeyPatch, pipe: Any) -> None:
     asked: set[str] = set()
@@ -328,7 +521,7 @@ def test_it_listens_at_localhost_and_asks_nobody(monkeypatch: pytest.MonkeyPatch
         return original(host, *more, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    blocks = Page(pipe, "emoji").blocks()
+    blocks = page_of(pipe).blocks()
     try:
         address = serve(blocks, "127.0.0.1", None)
         listening = blocks.server.servers[0].sockets
@@ -337,173 +530,9 @@ def test_it_listens_at_localhost_and_asks_nobody(monkeypatch: pytest.MonkeyPatch
             text = answer.read().decode()
         taken = int(address.rsplit(":", 1)[1].strip("/"))
         with pytest.raises(UsageError, match=f"can't listen at 127.0.0.1, port {taken}"):
-            serve(Page(pipe, "emoji").blocks(), "127.0.0.1", taken)
+            serve(page_of(pipe).blocks(), "127.0.0.1", taken)
     finally:
         blocks.close()
     assert asked <= {"127.0.0.1", "localhost"}
     assert not blocks.analytics_enabled
     assert not re.search(r'(<script[^>]* src|<link[^>]* href)="https?://(?!127\.0\.0\.1)', text)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("chromium is not installed")
-    with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield running
-        running.close()
-
-
-@pytest.fixture
-def tab(browser: Any, served: tuple[Page, str]) -> Iterator[Callable[[], Any]]:
-    """Opens a tab with the page in it, which may ask no other host and raise no error."""
-    _, address = served
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    context.set_default_timeout(120_000)
-    hosts: set[str] = set()
-    errors: list[str] = []
-
-    def opened() -> Any:
-        tab = context.new_page()
-        tab.on("request", lambda request: hosts.add(request.url.split("/")[2]))
-        tab.on("pageerror", lambda error: errors.append(str(error)))
-        tab.goto(address)
-        tab.locator("#go").wait_for()
-        return tab
-
-    yield opened
-    context.close()
-    assert {host for host in hosts if host} <= {address.split("/")[2]}, hosts
-    assert errors == []
-
-
-def fill(tab: Any, **values: Any) -> None:
-    for name, value in values.items():
-        tab.locator(f"#{name} :is(input, textarea)").first.fill(str(value))
-
-
-def shown(tab: Any) -> list[np.ndarray]:
-    """Both pictures as they are on the page."""
-    images = tab.locator("#pictures img").evaluate_all("images => images.map(image => image.src)")
-    return [shrunk(Image.open(io.BytesIO(urllib.request.urlopen(src).read()))) for src in images]
-
-
-def table(tab: Any) -> dict[str, list[str]]:
-    rows = tab.locator("#result tbody tr")
-    rows.first.wait_for()
-    return {cells[0]: cells[1:] for cells in (row.locator("th, td").all_inner_texts() for row in rows.all())}
-
-
-@pytest.mark.slow
-class TestInABrowser:
-    def test_generates_and_shows_each_step(self, tab: Callable[[], Any], tmp_path: Path) -> None:
-        page = tab()
-        page.get_by_label("full steps").check()
-        page.locator("#budget label", has_text="How many are full").wait_for()
-        assert page.locator("#budget input").input_value() == "10"  # 5 times faster, of 50
-        fill(page, prompt="green frog face", seed=7, steps=12, budget=4)
-        page.locator("#go").click()
-        rows = table(page)
-        assert rows["Full steps"] == ["12", "4, 3.00× fewer"]
-        assert rows["Predicted steps"] == ["0", "8"]
-        assert re.fullmatch(r"[\d.]+ s, [\d.]+× faster", rows["Time"][1])
-        wanted = [expected(config, "green frog face", 7) for config in (None, TAPConfig(full_steps=4))]
-        for picture, pixels in zip(wanted, shown(page), strict=True):
-            np.testing.assert_array_equal(pixels, np.asarray(to_image(picture[0])))
-
-        words = page.locator("#maps .words")
-        first = words.inner_text()
-        page.locator("#at input[type=range]").focus()
-        page.keyboard.press("ArrowRight")
-        page.wait_for_function("words => document.querySelector('#maps .words').innerText != words", arg=first)
-        assert page.locator("#maps .taken img:visible").count() == 1
-        assert page.locator("#maps .loss img:visible").count() == 1
-        page.locator("#play").click()
-        second = words.inner_text()
-        page.wait_for_function("words => document.querySelector('#maps .words').innerText != words", arg=second)
-        page.locator("#play", has_text="Pause").click()
-        page.locator("#play", has_text="Play").wait_for()
-
-        pictures = page.locator("#pictures")
-        pictures.scroll_into_view_if_needed()
-        before, box = pictures.screenshot(), pictures.bounding_box()
-        middle = box["y"] + box["height"] / 2
-        page.mouse.move(box["x"] + box["width"] / 2, middle)
-        page.mouse.down()
-        page.mouse.move(box["x"] + box["width"] / 4, middle, steps=5)
-        page.mouse.up()
-        assert pictures.screenshot() != before
-
-        assert page.locator("#frontier svg").count() == 2
-        for width in (1280, 420):
-            page.set_viewport_size({"width": width, "height": 900})
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
-            page.screenshot(path=tmp_path / f"{width}.png", full_page=True)
-
-    def test_explains_bad_input_in_place(self, tab: Callable[[], Any]) -> None:
-        page = tab()
-        fill(page, prompt="red applle", seed=-1, steps=6)
-        page.locator("#go").click()
-        page.locator("#prompt", has_text="never saw the word “applle”").wait_for()
-        page.locator("#seed", has_text="a whole number from 0").wait_for()
-        page.locator("#budget", has_text="leaves none of 6 steps").wait_for()
-        fill(page, prompt="red apple", seed=1, steps=12, budget=2)
-        page.locator("#go").click()
-        assert table(page)["Full steps"][0] == "12"
-
-    def test_stops_and_goes_on(self, tab: Callable[[], Any], served: tuple[Page, str]) -> None:
-        page = tab()
-        calls = count_calls(served[0].pipe.transformer)
-        fill(page, steps=1000, budget=2)
-        page.locator("#go").click()
-        page.locator("#pictures", has_text="/1000 steps").wait_for()
-        page.locator("#stop").click()
-        page.locator("#result", has_text="Stopped.").wait_for()
-        page.locator("#pictures", has_text="/1000 steps").wait_for(state="detached")
-        assert 0 < calls[0] < 2 * 1000
-        fill(page, seed=3, steps=12)
-        page.locator("#go").click()
-        assert table(page)["Full steps"] == ["12", "6, 2.00× fewer"]
-        np.testing.assert_array_equal(shown(page)[0], np.asarray(to_image(expected(None)[0])))
-
-    def test_two_tabs_do_not_disturb_each_other(self, tab: Callable[[], Any]) -> None:
-        one, two = tab(), tab()
-        fill(one, prompt="blue book", steps=24)
-        fill(two, prompt="red apple", seed=3, steps=12, budget=2)
-        one.locator("#go").click()
-        one.locator("#pictures", has_text="/24 steps").wait_for()
-        two.locator("#stop").click()  # nothing runs there, and so nothing stops
-        two.locator("#go").click()
-        assert table(two)["Full steps"] == ["12", "6, 2.00× fewer"]
-        assert table(one)["Full steps"] == ["24", "6, 4.00× fewer"]
-        np.testing.assert_array_equal(shown(one)[0], np.asarray(to_image(expected(None, "blue book", 0, 24)[0])))
-        np.testing.assert_array_equal(shown(two)[0], np.asarray(to_image(expected(None)[0])))
-
-    def test_a_run_that_waits_can_be_stopped_and_a_closed_tab_stops(
-        self, tab: Callable[[], Any], served: tuple[Page, str]
-    ) -> None:
-        one, two = tab(), tab()
-        for each in (one, two):
-            fill(each, steps=1000, budget=2)
-            each.locator("#go").click()
-        one.locator("#pictures", has_text="/1000 steps").wait_for()
-        two.locator("#pictures", has_text="queue").wait_for()
-        two.locator("#stop").click()
-        two.locator("#result", has_text="Stopped.").wait_for()
-        two.locator("#pictures", has_text="queue").wait_for(state="detached")
-        one.close()
-        free = threading.Event()
-
-        def wait() -> None:
-            with served[0]._lock:
-                free.set()
-
-        threading.Thread(target=wait, daemon=True).start()
-        for _ in range(240):  # that many half seconds, for the server to see that the tab is gone
-            two.wait_for_timeout(500)
-            if free.is_set():
-                break
-        assert free.is_set()

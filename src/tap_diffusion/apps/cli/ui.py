@@ -35,7 +35,7 @@ def ui(
         int | None, option("Page", help="Port to listen at.", default="the first free from 7860", min=1, max=65535)
     ] = None,
 ) -> None:
-    """Open a page in the browser: plain and accelerated pictures, and what each token took.
+    """Open a page in the browser: pictures or videos with and without TAP, how close they are, and what they cost.
 
     Example: tap ui --results bench/fashion/results.json
     """
@@ -48,9 +48,9 @@ def ui(
         plots = ""
         if results is not None:
             plots = _frontier(results.parent if results.name == "results.json" else results)
-        page = Page(load_pipeline(model, *placement(dtype, device)), model)
-        with console.status("trying the model"):
-            page.warm_up()
+        where = placement(dtype, device)
+        with console.status("loading the model, and trying it"):
+            page = Page(model, lambda name: load_pipeline(name, *where))
         blocks = page.blocks(plots)
         address = serve(blocks, host, port)
     except (ConfigError, UnsupportedModelError, UsageError) as error:
