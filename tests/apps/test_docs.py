@@ -211,12 +211,12 @@ def test_every_page_is_in_the_navigation_or_kept_for_it() -> None:
 
 def test_sections_of_the_readme_are_included() -> None:
     readme = text_of("README.md")
-    page = mkdocs_hooks.filled("# Title\n\n<!-- include README.md -->\n<!-- include README.md: Use it -->")
-    assert page.startswith("# Title\n\n\nDiffusion transformers run")
-    assert "## Use it\n    pip install" in page
-    assert "](models.md)" in page
+    page = mkdocs_hooks.filled("# Title\n\n<!-- include README.md -->\n<!-- include README.md: Results -->")
+    assert page.startswith("# Title\n\n\n**Makes diffusion transformers")
+    assert "## Results\nHow near" in page
+    assert "](results.md)" in page
     assert "](docs/" not in page
-    assert "Try it" not in page
+    assert "## Install" not in page
     assert readme.partition("## Cite\n")[2][:40] in mkdocs_hooks.filled("# Cite\n<!-- include README.md: Cite -->")
     assert "## Cite" not in mkdocs_hooks.filled("# Cite\n<!-- include README.md: Cite -->")
     with pytest.raises(StopIteration):
