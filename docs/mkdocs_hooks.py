@@ -44,9 +44,9 @@ calibration samples; in bold the best. What the names stand for: [methods](metho
 other variants, intervals, times, memory, pictures, and what was tried in tuning; `make docs` makes them, one HTML file
 each.
 
-The runs of 50 steps at 10 and 8 are with [today's rule for full steps](schedule.md): TAP by default, and every method that has no
-schedule of its own was tuned on it too. Other methods are as measured before, since nothing changed for them. Runs of 28 steps are
-older than the rule.
+The runs of 50 steps are with [today's rule for full steps](schedule.md): TAP by default, and every method without a schedule
+of its own was tuned on it too. Methods that have one are as measured before: nothing changed for them. Runs of 28
+steps are older than the rule.
 
 """
 
