@@ -428,7 +428,7 @@ def a_command(*arguments: str) -> str:
     return result.stderr.strip().splitlines()[-1].removeprefix("Error: ")
 
 
-def no_memory(*_: Any) -> None:
+def no_memory(*_: Any, **__: Any) -> None:
     raise torch.OutOfMemoryError
 
 

@@ -81,4 +81,4 @@ def read_budgets(text: str) -> list[int]:
     try:
         return list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
-        raise UsageError(f"'{text}' is not a list of whole numbers with commas, such as 14,10,8,6") from None
+        raise UsageError(f"--budgets '{text}' is not a list of whole numbers with commas, such as 14,10,8,6") from None
