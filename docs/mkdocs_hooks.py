@@ -44,9 +44,9 @@ calibration samples; in bold the best. What the names stand for: [methods](metho
 other variants, intervals, times, memory, pictures, and what was tried in tuning; `make docs` makes them, one HTML file
 each.
 
-The runs of 50 steps are with [today's rule for full steps](schedule.md): TAP by default, and every method without a schedule
-of its own was tuned on it too. Methods that have one are as measured before: nothing changed for them. Runs of 28
-steps are older than the rule.
+In runs of 50 steps TAP has [today's rule for full steps](schedule.md), and every method without a schedule of its own was
+tuned on it too. Methods that have one are as measured before: nothing changed for them. Runs of 28 steps are older than
+the rule.
 
 """
 
