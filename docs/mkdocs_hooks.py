@@ -44,8 +44,8 @@ calibration samples; in bold the best. What the names stand for: [methods](metho
 other variants, intervals, times, memory, pictures, and what was tried in tuning; `make docs` makes them, one HTML file
 each.
 
-In runs of 50 steps TAP has [today's rule for full steps](schedule.md), and every method without a schedule of its own was
-tuned on it too. Methods that have one are as measured before: nothing changed for them. Runs of 28 steps are older than
+In runs of 50 steps TAP has [today's rule for full steps](schedule.md), and every method without a schedule of its own
+was tuned on it too. Methods that have one are as measured before: nothing changed for them. Runs of 28 steps are older than
 the rule.
 
 """
