@@ -144,7 +144,8 @@ def test_wan(tmp_path: Path) -> None:
     reader: Any = imageio.get_reader(tmp_path / "000-red-apple-tap.mp4")
     assert reader.get_meta_data()["fps"] == 5
     assert np.shape(imageio.mimread(tmp_path / "000-red-apple-tap.mp4")) == (5, 32, 48, 3)
-    with Image.open(tmp_path / "compare.gif") as played:  # two rows of two videos
+    played: Any = Image.open(tmp_path / "compare.gif")
+    with played:  # two rows of two videos
         assert (played.n_frames, played.info["duration"], played.info["loop"]) == (5, 200, 0)
         assert played.width > 2 * 48 * 3
         assert played.height > 2 * 32 * 3
