@@ -71,15 +71,15 @@ def told() -> Iterator[None]:
 @contextmanager
 def _given_to(handler: logging.Handler, library: Any) -> Iterator[None]:
     """Give a library's warnings to a handler, and to no other unless the user asks for them by its own variable."""
-    before = library.get_verbosity()
-    library.add_handler(handler)
+    before, logger = library.get_verbosity(), logging.getLogger(library.__name__.partition(".")[0])
+    logger.addHandler(handler)  # by Python's own functions: remove_handler of transformers 5.0 refuses what it has
     if before == library.ERROR:
         library.disable_default_handler()
         library.set_verbosity_warning()
     try:
         yield
     finally:
-        library.remove_handler(handler)
+        logger.removeHandler(handler)
         if before == library.ERROR:
             library.set_verbosity(before)
             library.enable_default_handler()
