@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from transformers import CLIPTextModel, T5EncoderModel
 from typer.testing import CliRunner
 
 import popular_models
@@ -20,6 +21,7 @@ from tap_diffusion.apps.cli import app
 from tap_diffusion.integrations.diffusers import catalog
 from tap_diffusion.integrations.diffusers.versions import VERSION
 from tap_diffusion.integrations.specs import REFUSED, SPECS
+from tap_diffusion_demo import EMOJI
 
 
 class TestCatalog:
@@ -219,3 +221,11 @@ class TestModuleOutsideDiffusers:
             tap.apply_tap(dit, blocks="blocks")
         with pytest.raises(tap.UnsupportedModelError, match="tells the time"):
             tap.apply_tap(nn.Sequential(nn.ModuleList([nn.Linear(1, 1)])), blocks="0")
+
+
+@pytest.mark.parametrize(("part", "kind"), [("text_encoder", CLIPTextModel), ("text_encoder_2", T5EncoderModel)])
+def test_the_embedded_model_loads_whole(part: str, kind: Any) -> None:
+    """transformers names CLIP's weights now so, now otherwise; what it doesn't find it draws at random, and goes on."""
+    _, found = kind.from_pretrained(EMOJI / part, output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
