@@ -372,7 +372,8 @@ def _table(result: dict[str, Any], config: TAPConfig) -> Table:
         ("speed-up in evaluations", f"{fewer:.2f}x{asked}"),
     ]
     if "psnr_db" in result:
-        noise = " (more than the evaluations: the machine was busy, use --repeats)"
+        remedy = "use --repeats" if result["repeats"] == 1 else "try again"
+        noise = f" (more than the evaluations: the machine was busy, {remedy})"
         faster, mean, worst = (result[name] for name in ("time_speedup", "psnr_db", "psnr_db_worst"))
         rows += [
             ("speed-up in time", f"{faster:.2f}x{noise if faster > fewer else ''}"),
