@@ -3,7 +3,7 @@
 A page includes by HTML comments, which are all that GitHub's view of the file lacks:
 
     <!-- include README.md -->                  its introduction, under the page's own title if it has one
-    <!-- include README.md: Use it -->          one section; without its heading where the page's title is the same
+    <!-- include README.md: Results -->         one section; without its heading where the page's title is the same
     <!-- bench: budgets --> <!-- weights --> <!-- gpu -->
 
 Run as a script it writes the page of results, which GitHub shows as well.
@@ -230,16 +230,16 @@ def per_model(show: Callable[[list[Cell]], str]) -> str:
         full = next(cell for cell in cells if cell["method"] == "full")
         parts += [
             f"### {full['model']}, {full['steps']} steps",
-            f"{full['samples']} samples ([report](bench/{file.parent.name}/report.html)).{_age(file.parent)}",
+            f"{full['samples']} samples ([report](bench/{file.parent.name}/report.html)).{_age(cells)}",
             show([cell for cell in cells if "psnr_db" in cell]),
         ]
     return "\n\n".join(parts)
 
 
-def _age(run: Path) -> str:
-    """A word on runs in which TAP had other full steps than today."""
-    known = json.loads((run / "run.json").read_text("utf-8"))
-    return "" if "joined" in known else " Older than [the rule for full steps](schedule.md)."
+def _age(cells: list[Cell]) -> str:
+    """A word on runs in which TAP had other full steps than today, which its settings of that time tell."""
+    old = any("windows" in cell["settings"] for cell in cells if cell["method"] == BASELINE)
+    return " Older than [the rule for full steps](schedule.md)." if old else ""
 
 
 def budgets(cells: list[Cell]) -> str:

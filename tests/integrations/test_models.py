@@ -36,6 +36,12 @@ class TestCatalog:
         assert sum(entry["status"] == "works" for entry in entries) == len(SPECS.keys() - catalog.absent()) >= 46
         assert all(entry["note"] for entry in entries if entry["status"] == "refused")
 
+    def test_markdown_keeps_to_the_word(self) -> None:
+        result = CliRunner().invoke(app, ["models", "flux", "--markdown"])
+        assert result.exit_code == 0
+        assert "- `FluxTransformer2DModel`: Flux" in result.stdout
+        assert "Wan" not in result.stdout
+
     def test_the_list_is_by_pipeline_with_notes_and_reasons(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cli.models, "console", Console(width=80))
         result = CliRunner().invoke(app, ["models"])

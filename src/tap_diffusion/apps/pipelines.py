@@ -77,7 +77,7 @@ def class_number(pipe: Any, text: str) -> int:
     Raises:
         UsageError: there is no such class. The message lists those that there are.
     """
-    title, names = type(pipe).__name__, class_names(pipe)
+    title, names = type(pipe).__name__, {name.casefold(): number for name, number in class_names(pipe).items()}
     count = _config(pipe).get("num_embeds_ada_norm") or float("inf")
     if text.isdecimal() and int(text) < count:
         return int(text)
@@ -93,8 +93,8 @@ def class_number(pipe: Any, text: str) -> int:
 
 
 def class_names(pipe: Any) -> dict[str, int]:
-    """Names of a pipeline's classes, as in the ``labels`` of diffusers' ``DiTPipeline``, in small letters."""
-    return {name.casefold(): number for name, number in (getattr(pipe, "labels", None) or {}).items()}
+    """Numbers of a pipeline's classes by their names, the ``labels`` of diffusers' ``DiTPipeline``; empty: unnamed."""
+    return dict(getattr(pipe, "labels", None) or {})
 
 
 def longest_prompt(pipe: Any, arguments: Mapping[str, Any]) -> int | None:

@@ -31,7 +31,7 @@ def models(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, by transformer.")] = False,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print all as a page of Markdown.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, by transformer.")] = False,
 ) -> None:
     """List the pipelines of diffusers that TAP accelerates, and why it doesn't accelerate others.
 
@@ -41,15 +41,15 @@ def models(
         from tap_diffusion.integrations.diffusers import catalog
 
         entries, absent = catalog.catalog(), catalog.absent()
-    if as_markdown:
-        typer.echo(catalog.as_markdown(entries), nl=False)
-        return
     shown = entries
     if word is not None:
         shown = [found for entry in entries if (found := _matching(entry, word)) is not None]
         absent = [name for name in absent if _plain(word) in _plain(name)]
         if not shown and not absent:
             raise failed(UsageError(_none(word, entries)))
+    if as_markdown:
+        typer.echo(catalog.as_markdown(shown), nl=False)
+        return
     if as_json:
         typer.echo(json.dumps([entry.to_dict() for entry in shown], indent=2))
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
@@ -40,8 +39,6 @@ def ui(
     Example: tap ui --results bench/fashion/results.json
     """
     try:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
         with importing("the page", "ui"):
             from tap_diffusion.apps.generate import load_pipeline
             from tap_diffusion.apps.ui.page import Page, serve

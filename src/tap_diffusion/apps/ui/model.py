@@ -94,7 +94,7 @@ class Model:
         else:
             config: Any = transformers(pipe)[0].config
             count = config.num_embeds_ada_norm
-            named = getattr(pipe, "labels", None) or {f"class {i}": i for i in range(count)}
+            named = pipelines.class_names(pipe) or {f"class {i}": i for i in range(count)}
             self.classes = sorted(named.items(), key=lambda item: item[1])
             self.defaults["label"] = self.classes[0][1]
         Request(["0"]).check(pipe)
