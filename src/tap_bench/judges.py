@@ -2,6 +2,7 @@
 
     python -m tap_bench.judges fashion --data /usr/share/datasets/fashion-mnist
     python -m tap_bench.judges sprites --data FOLDER
+    python -m tap_bench.judges scenes --data FOLDER
     python -m tap_bench.judges emoji --data FOLDER
 
 Each writes its weights beside the models' (``bench/weights``), small enough to be shipped. ``emoji`` needs no training:
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tap_bench import WEIGHTS, fashion, sprites
+from tap_bench import WEIGHTS, fashion, scenes, sprites
 from tap_diffusion.demo import data
 from tap_diffusion.demo.train import device, encode
 from tap_diffusion_demo import EMOJI
@@ -76,6 +77,22 @@ class VideoClassifier(nn.Module):
         """Three tensors of logits."""
         features = self.body(videos.transpose(1, 2))
         return [head(features) for head in self.heads]
+
+
+class SceneClassifier(nn.Module):
+    """Pictures (B, 3, 128, 128) in [0, 1] to logits of each kind of object, (B, 40), and of the place, (B, 19)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 24, 48, 96, 160)
+        self.body = nn.Sequential(*(_convolution(nn.Conv2d, a, b) for a, b in pairwise(widths)))
+        self.kinds = nn.Conv2d(widths[-1], len(scenes.OBJECTS), 1)
+        self.place = nn.Linear(4 * widths[-1], len(scenes.PLACES))
+
+    def forward(self, pictures: Tensor) -> list[Tensor]:
+        """Two tensors of logits. An object may be anywhere, so its logit is the highest of all places."""
+        features = self.body(pictures)
+        return [self.kinds(features).amax((2, 3)), self.place(F.adaptive_avg_pool2d(features, 2).flatten(1))]
 
 
 def frechet_distance(mean: Tensor, covariance: Tensor, other_mean: Tensor, other_covariance: Tensor) -> float:
@@ -130,6 +147,23 @@ def caption_of_sprite(videos: Tensor, captions: Sequence[str]) -> dict[str, list
 
 
 @torch.no_grad()
+def caption_of_scene(pictures: Tensor, captions: Sequence[str]) -> dict[str, list[float]]:
+    """Share of what a caption names, kinds of objects and the place if any, that the classifier sees in its picture.
+
+    It may name as many kinds as the caption does, those that it is surest of.
+    """
+    kinds, places = _load("scenes", SceneClassifier)[0](pictures)
+    shares = []
+    for caption, logits, place in zip(captions, kinds, places.argmax(1).tolist(), strict=True):
+        asked, told = scenes.meaning(caption)
+        right = [kind in asked for kind in logits.topk(len(asked)).indices.tolist()]
+        if told:
+            right.append(told in (scenes.PLACES[place], scenes.ground_of(scenes.PLACES[place])))
+        shares.append(sum(right) / len(right))
+    return {"caption_accuracy": shares}
+
+
+@torch.no_grad()
 def caption_of_emoji(pictures: Tensor, captions: Sequence[str]) -> dict[str, list[float]]:
     """Whether the training picture with the nearest latents bears the caption: 1 or 0 for each picture in [0, 1]."""
     kept = load_file(WEIGHTS / "emoji-judge.safetensors")
@@ -153,13 +187,20 @@ def _autoencoder() -> Any:
 # ----------------------------------------------------------------------------------------------------- their training
 
 
+def _loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Of classes, or, where targets are as many as logits, of each for itself, added up."""
+    if targets.ndim == logits.ndim:
+        return F.binary_cross_entropy_with_logits(logits, targets) * logits.shape[1]
+    return F.cross_entropy(logits, targets)
+
+
 def _fit(judge: nn.Module, batch: Callable[[], tuple[Tensor, list[Tensor]]], logits: Any, steps: int) -> None:
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     progress = tqdm(range(steps))
     for _ in progress:
         x, targets = batch()
-        loss = torch.stack([F.cross_entropy(*pair) for pair in zip(logits(x), targets, strict=True)]).sum()
+        loss = torch.stack([_loss(*pair) for pair in zip(logits(x), targets, strict=True)]).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -218,6 +259,31 @@ def train_sprites(folder: Data, steps: Steps = 1500) -> None:
     right = [(seen.argmax(1) == asked).float().mean() for seen, asked in zip(judge(x), targets, strict=True)]
     typer.echo("accuracy on other videos, of sprite, motion, ground: " + ", ".join(f"{share:.1%}" for share in right))
     _save("sprites", judge.state_dict())
+
+
+@app.command("scenes")
+def train_scenes(folder: Data, steps: Steps = 2000) -> None:
+    """Train the classifier of scenes on freshly rendered ones."""
+    torch.manual_seed(0)
+    cutouts = scenes.load(folder)
+    judge = SceneClassifier().to(device())
+
+    def batch() -> tuple[Tensor, list[Tensor]]:
+        shown = [scenes.scene() for _ in range(48)]
+        pictures = scenes.pictures(cutouts, scenes.SIZE // scenes.TOKEN, shown).float() / 255
+        noisy = pictures + 0.1 * torch.rand(len(shown), 1, 1, 1) * torch.randn(pictures.shape)
+        kinds = torch.zeros(len(shown), len(scenes.OBJECTS))
+        for row, one in zip(kinds, shown, strict=True):
+            row[[kind for kind, *_ in one.objects]] = 1
+        places = torch.tensor([scenes.PLACES.index(one.place) for one in shown])
+        return noisy.to(device()), [kinds.to(device()), places.to(device())]
+
+    _fit(judge, batch, judge, steps)
+    held = [scenes.scene(split="test") for _ in range(256)]
+    pictures = scenes.pictures(cutouts, scenes.SIZE // scenes.TOKEN, held).float() / 255
+    _save("scenes", judge.cpu().state_dict())
+    shares = caption_of_scene(pictures, [one.caption for one in held])["caption_accuracy"]
+    typer.echo(f"share of held-out captions that it sees: {sum(shares) / len(shares):.1%}")
 
 
 @app.command("emoji")

@@ -172,6 +172,7 @@ def scenes_() -> BenchModel:
         scenes.captions(MEASURED, "test"),
         scenes.captions(32, "train"),
         scenes.arguments,
+        scores=[judges.caption_of_scene],
     )
 
 

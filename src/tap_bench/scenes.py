@@ -123,9 +123,21 @@ class Scene:
         """What there is, in the order of ``OBJECTS``, and nothing of where it is."""
         kinds = sorted({kind for kind, *_ in self.objects})
         named = [_counted(OBJECTS[kind], sum(kind == other for other, *_ in self.objects)) for kind in kinds]
-        words = self.place.split()
-        ground = "on a wall" if words[-1] == "wall" else " ".join(words[:2])
-        return " and ".join(named) + {"place": f" {self.place}", "ground": f" {ground}", "nothing": ""}[self.told]
+        where = {"place": f" {self.place}", "ground": f" {ground_of(self.place)}", "nothing": ""}[self.told]
+        return " and ".join(named) + where
+
+
+def ground_of(place: str) -> str:
+    """What a caption says of a place that tells the ground alone."""
+    words = place.split()
+    return "on a wall" if words[-1] == "wall" else " ".join(words[:2])
+
+
+def meaning(caption: str) -> tuple[list[int], str]:
+    """The kinds that a caption names, as indices into ``OBJECTS``, and what it says of the place, or ""."""
+    names, on, told = caption.partition(" on ")
+    kinds = {_counted(name, count): kind for kind, name in enumerate(OBJECTS) for count in (1, 2, 3)}
+    return [kinds[name] for name in names.split(" and ")], f"{on}{told}".strip()
 
 
 def _counted(name: str, count: int) -> str:

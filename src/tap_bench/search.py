@@ -3,13 +3,15 @@
     python -m tap_bench.search climb --model scenes --full-steps 9 --out out/climb.json
     python -m tap_bench.search score --model scenes --schedule "0 1 2 3 5 8 13 27 49" --out out/score.json
     python -m tap_bench.search sensitivity --model scenes --out out/sensitivity.json
+    python -m tap_bench.search curves out/sensitivity.json out/another.json --to out/sensitivity.svg
     python -m tap_bench.search rank out/sensitivity.json
 
 ``climb`` is coordinate ascent (``tap_bench.tune.search``) from an even schedule and from a dense one, by PSNR
 on calibration samples. What it finds is confirmed on measured samples. ``score`` measures given schedules on these.
-``sensitivity`` predicts one step at a time, by reuse, in a trajectory that is otherwise full. ``rank`` then says how
-well the probe tells what predicting a step costs. The others write what they know after each run, and go on from it
-when called again. On cores that are shared, ``OMP_NUM_THREADS=1`` can be several times faster.
+``sensitivity`` predicts one step at a time, by reuse, in a trajectory that is otherwise full. ``curves`` draws several
+of these together, and ``rank`` says how well the probe tells what predicting a step costs. The others write what they
+know after each run, and go on from it when called again. On cores that are shared, ``OMP_NUM_THREADS=1`` can be several
+times faster.
 """
 
 from __future__ import annotations
@@ -243,7 +245,20 @@ def sensitivity(
         if str(step) not in known:
             known[str(step)] = ask(tuple(s for s in range(steps) if s != step))
             write_json(out, kept)
-            _plot(known, out.with_suffix(".png"), f"{model} {call}")
+            _plot({f"{model} {call}": known}, out.with_suffix(".png"))
+
+
+@app.command()
+def curves(
+    sensitivities: Annotated[list[Path], typer.Argument(help="What ``sensitivity`` wrote, one file a model.")],
+    to: Annotated[Path, typer.Option(help="Picture to write.")],
+) -> None:
+    """Draw several models' sensitivities in one plot."""
+    known = {}
+    for file in sensitivities:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        known[kept["settings"]["model"]] = kept["psnr_db"]
+    _plot(known, to)
 
 
 @app.command()
@@ -294,14 +309,16 @@ def _rms(psnr: Sequence[float]) -> float:
     return fmean(10 ** (-value / 10) for value in psnr) ** 0.5
 
 
-def _plot(known: dict[str, list[float]], file: Path, title: str) -> None:
-    """Root of the mean squared error of the final picture, of 1, by the step that was predicted."""
+def _plot(known: dict[str, dict[str, list[float]]], file: Path) -> None:
+    """Root of the mean squared error of the final picture, of 1, by the step that was predicted; a curve each."""
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    at = sorted(map(int, known))
-    axes.plot(at, [_rms(known[str(step)]) for step in at], marker="o", ms=3)
-    axes.set(xlabel="the predicted step", ylabel="RMS error of the final picture", yscale="log", title=title)
+    for title, psnr in known.items():
+        at = sorted(map(int, psnr))
+        axes.plot(at, [_rms(psnr[str(step)]) for step in at], marker="o", ms=3, label=title)
+    axes.set(xlabel="the predicted step", ylabel="RMS error of the final picture", yscale="log")
+    axes.legend()
     figure.savefig(file, dpi=120)
 
 

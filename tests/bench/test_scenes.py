@@ -76,6 +76,13 @@ def test_captions_are_english(place: str, told: str, objects: tuple[int, ...], c
     assert scenes.Scene(place, told, tuple((kind, 0.5, 0.5, 0.3) for kind in objects), free).caption == caption
 
 
+def test_captions_are_understood() -> None:
+    for shown in some(200):
+        kinds, told = scenes.meaning(shown.caption)
+        assert kinds == sorted({kind for kind, *_ in shown.objects})
+        assert told == {"place": shown.place, "ground": scenes.ground_of(shown.place), "nothing": ""}[shown.told]
+
+
 def test_training_leaves_captions_out() -> None:
     train, test = scenes.captions(300, "train"), scenes.captions(300, "test")
     assert not any(map(scenes.held_out, train))
