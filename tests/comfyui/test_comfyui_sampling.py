@@ -17,6 +17,7 @@ import torch
 from comfy import controlnet, model_management, ops, samplers, sd
 from comfy.cldm.mmdit import ControlNet as ControlNetSD3
 from comfy.ldm.flux.controlnet import ControlNetFlux
+from comfy.ldm.hydit.controlnet import HunYuanControlNet
 from comfy.ldm.qwen_image.controlnet import QwenImageControlNetModel
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
@@ -451,6 +452,28 @@ def test_controlnet_between_blocks_reaches_the_output_once(name: str, part: tupl
         sample(accelerated, name, **kind)
     keep.remove()
     assert max(distance(call.output, calls[0].output) for call in calls) < 1e-5
+
+
+def test_a_model_that_uses_its_controlnet_up() -> None:
+    """HunyuanDiT's later blocks take one output of the ControlNet each, and it insists that none is left."""
+    patcher, tiny = build("HunyuanDiT1"), MODELS["HunyuanDiT1"]
+    net = HunYuanControlNet(**{**tiny.settings, "operations": ops.disable_weight_init, "device": CPU, "depth": 40})
+    net.depth = tiny.settings["depth"]
+    net.blocks, net.after_proj_list = net.blocks[:2], net.after_proj_list[:2]  # as many as this depth has skips
+    fill(net, 7)
+    extra = ["text_embedding_mask", "encoder_hidden_states_t5", "text_embedding_mask_t5", "image_meta_size", "style"]
+    extra += ["cos_cis_img", "sin_cis_img"]
+    control = controlnet.ControlNet(net, load_device=CPU, extra_conds=extra, compression_ratio=1)
+    positive, negative = nodes.ControlNetApplyAdvanced().apply_controlnet(
+        tiny.condition(1), tiny.condition(2), control, noise(1, 8, 8, 4, seed=9), 0.5, 0.0, 1.0
+    )
+    kind: Any = {"positive": positive, "negative": negative}
+    plain = sample(patcher, "HunyuanDiT1", **kind)
+    assert distance(sample(patcher, "HunyuanDiT1"), plain) > 0.01
+    accelerated = accelerate(patcher, CONFIG)
+    result = sample(accelerated, "HunyuanDiT1", **kind)
+    assert (found_in(accelerated).full_steps, found_in(accelerated).fallbacks) == (FULL, {})
+    assert 0 < distance(result, plain) < 0.5
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "behind"])

@@ -43,7 +43,9 @@ SPECS: dict[str, TransformerSpec] = {
         ("double_layers", "single_layers"), (Stream("x", behind_text=True),), outputs=("c", "x"), attention="attn.w2q",
     ),
     "PixArtMS": _spec(("blocks",), (Stream("x", "final_layer"),), attention="attn"),
-    "HunYuanDiT": _spec(("blocks",), (Stream("x", "final_layer"),), attention="attn1"),
+    "HunYuanDiT": _spec(
+        ("blocks",), (Stream("x", "final_layer"),), attention="attn1", full_only=("control",),
+    ),
     "HunYuanDiTPlain": _spec(("blocks",), (Stream("hidden_states", "final_layer"),), attention="attn1"),
     "WanModel": _wan(),
     "VaceWanModel": _wan(bypassed={"vace_blocks": ("c", "c")}),

@@ -34,6 +34,9 @@ from tap_diffusion.integrations.specs import TransformerSpec
 
 KEY = "tap_diffusion"  # of wrappers, of the attachment, and of the run among a run's transformer options
 
+# Of the arguments of BaseModel.apply_model, those that ComfyUI passes on by position.
+_BY_POSITION = ("x", "t", "c_concat", "c_crossattn", "control", "transformer_options")
+
 _log = logging.getLogger(__name__)
 
 _OTHER_CACHES = {  # by keys of their wrappers and of a run's transformer options; LazyCache has both of these
@@ -308,9 +311,11 @@ class _Lane(Passes):
         depth = self._depth
 
         def run(model: nn.Module, without: Sequence[str]) -> Any:
+            names = _BY_POSITION[: len(forward.args)]
+            args = [None if name in without else value for name, value in zip(names, forward.args, strict=True)]
             given = {name: value for name, value in forward.keywords.items() if name not in without}
             with nullcontext() if model is self._module else depth.lent(model):
-                return forward.func(*forward.args, **given)
+                return forward.func(*args, **given)
 
         return self.run(depth, calls, run, device)
 
