@@ -26,6 +26,7 @@ import torch.nn.functional as F
 import typer
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Punctuation, Sequence, WhitespaceSplit
@@ -247,8 +248,17 @@ def ema_weights(work: Path, name: str, model: nn.Module) -> nn.Module:
 def write_bf16(pipe: Any, to: Path) -> None:
     """Write a pipeline in bf16, as its ``from_pretrained`` reads it, and say how large it is."""
     pipe.to(torch.bfloat16).save_pretrained(to)
+    for name, part in pipe.components.items():
+        if isinstance(part, CLIPTextModel):
+            _name_for_all_versions(to / name / "model.safetensors")
     size = sum(file.stat().st_size for file in to.rglob("*") if file.is_file())
     typer.echo(f"{to}: {size / 1e6:.1f} MB")
+
+
+def _name_for_all_versions(clip: Path) -> None:
+    """Later versions of transformers leave ``text_model.`` out, without which 5.0 finds no weight and draws its own."""
+    weights = {f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in load_file(clip).items()}
+    save_file(weights, clip, {"format": "pt"})
 
 
 def batches(count: int, size: int) -> Iterator[Tensor]:
