@@ -19,6 +19,7 @@ from tap_bench.emoji_evaluation import retrieved
 from tap_diffusion import TAPConfig
 from tap_diffusion.apps.generate import Request, generate, psnr
 from tap_diffusion.apps.sheets import choices_sheet, sheet, to_image
+from tap_diffusion.core.errors import UsageError
 from tap_diffusion.core.predictors import Candidate
 from tap_diffusion.core.report import Choice
 from tap_diffusion.demo import data, train
@@ -139,10 +140,17 @@ def test_training_runs_stops_resumes_and_exports(packages: Path, tmp_path: Path)
     assert sample(pipe, steps=2, height=64, width=64, max_sequence_length=train.MAX_TOKENS).isfinite().all()
 
 
-def test_training_stages_say_what_is_missing(tmp_path: Path) -> None:
+def test_training_stages_say_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no npm, for which it is too early to ask
     result = CliRunner().invoke(train.app, ["transformer", "--work", str(tmp_path)])
     assert result.exit_code == 2
     assert "run the stage 'autoencoder' first" in result.output.replace("│", "").replace("\n", " ").replace("  ", " ")
+
+
+def test_pictures_are_fetched_by_npm_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UsageError, match="npm"):
+        data.download(tmp_path / "pictures")
 
 
 def test_retrieval_counts_the_nearest_caption() -> None:

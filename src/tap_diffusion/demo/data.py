@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tap_diffusion.core.errors import UsageError
+
 PACKAGES = {
     "noto": ("emoji-datasource-google@16.0.0", "package/img/google/64/", ".png"),
     "fluent": ("@lobehub/fluent-emoji-3d@1.1.0", "package/assets/", ".webp"),
@@ -47,15 +49,22 @@ def synonyms() -> dict[str, list[str]]:
 
 
 def download(folder: Path) -> dict[str, Path]:
-    """Fetch both packages with ``npm pack`` into ``folder``, unless they are there; return the tarballs."""
+    """Fetch both packages with ``npm pack`` into ``folder``, unless they are there; return the tarballs.
+
+    Raises:
+        UsageError: npm is not installed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tarballs = {}
     for style, (spec, _, _) in PACKAGES.items():
         marker = folder / f"{style}.tgz"
         if not marker.exists():
-            packed = subprocess.run(
-                ["npm", "pack", "--json", spec], cwd=folder, check=True, capture_output=True, text=True
-            )
+            try:
+                packed = subprocess.run(
+                    ["npm", "pack", "--json", spec], cwd=folder, check=True, capture_output=True, text=True
+                )
+            except FileNotFoundError as error:
+                raise UsageError(f"npm fetches the pictures to train on ({spec}), and is not installed") from error
             (folder / json.loads(packed.stdout)[0]["filename"].replace("/", "-").lstrip("@")).rename(marker)
         tarballs[style] = marker
     return tarballs

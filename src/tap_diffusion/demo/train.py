@@ -233,12 +233,17 @@ def run(
     show(step + 1)
 
 
-def ema_weights(work: Path, name: str, model: nn.Module) -> nn.Module:
-    """Load the averaged weights of a stage's checkpoint into ``model``."""
+def checkpoint(work: Path, name: str) -> Path:
+    """The checkpoint of a stage; BadParameter where there is none."""
     file = work / f"{name}.pt"
     if not file.exists():
         raise typer.BadParameter(f"{file} is missing: run the stage '{name}' first", param_hint="--work")
-    state = torch.load(file, weights_only=True)
+    return file
+
+
+def ema_weights(work: Path, name: str, model: nn.Module) -> nn.Module:
+    """Load the averaged weights of a stage's checkpoint into ``model``."""
+    state = torch.load(checkpoint(work, name), weights_only=True)
     model.load_state_dict(state["model"])
     for parameter, average in zip(model.parameters(), state["ema"]["shadow_params"], strict=True):
         parameter.data.copy_(average)
@@ -319,6 +324,8 @@ def prepare(work: Path, folder: Path, start: Path | None = None) -> tuple[FluxPi
         folder: of the npm packages.
         start: folder of an exported pipeline to go on from, autoencoder included; None starts from random weights.
     """
+    if start is None:
+        checkpoint(work, "autoencoder")  # before anything is downloaded
     pictures, captions, _ = data.load(folder)
     torch.manual_seed(1)
     if start is not None:
