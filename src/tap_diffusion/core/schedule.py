@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from tap_diffusion.core.config import DEFAULT_SPEEDUP, TAPConfig
 from tap_diffusion.core.errors import ConfigError
-from tap_diffusion.core.timeline import Timeline
+from tap_diffusion.core.timeline import TAIL, Timeline
 
 FEWEST = 6  # full steps that a speed-up leaves: with fewer, windows are longer than has been seen to work
 
@@ -113,7 +113,7 @@ def spaced_steps(
     if config.clock == "step":
         return clock_steps(range(steps), count)
     known = Timeline.of_steps(steps, tokens) if timeline is None else timeline
-    return clock_steps(known.spacing, count, known.tail)
+    return clock_steps(known.spacing, count, TAIL)
 
 
 def is_full_step(step: int, interval: int, warmup: int) -> bool:

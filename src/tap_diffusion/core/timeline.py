@@ -14,6 +14,10 @@ from numpy.typing import NDArray
 Prediction = Literal["flow", "epsilon", "v_prediction", "sample"]
 
 FEW = 64  # tokens; fewer count as so many
+# Chosen on searches on real models and on the bench's own (docs/schedule.md).
+TAIL = 0.5  # of a window is left after the last full step
+LAYOUT = 3  # times N / 64: how much sooner many tokens tell their layout than one token its own content
+SEEN = 1 / 2  # of the noise is what counts for few tokens
 # Mean place of the full steps on the pace: as good as even, and dense at the start.
 EVEN, DENSE = 0.45, 0.4
 
@@ -53,39 +57,23 @@ class Timeline:
             steps: of the trajectory, at least 1.
             tokens: of the stream, or None.
         """
-        few = cls((), None).dilution
-        noise = (few * math.tan(math.pi / 2 * (1 - step / steps)) ** 2 for step in range(1, steps))
+        noise = (math.tan(math.pi / 2 * (1 - step / steps)) ** 2 / SEEN for step in range(1, steps))
         return cls((math.inf, *noise), None, tokens=tokens)
-
-    @property
-    def dilution(self) -> float:
-        """How many times the noise is less as so many tokens see it, 1 + N / 64.
-
-        The layout of a picture is spread over all tokens, over which the noise of each averages out: the more there
-        are, the earlier it is decided (docs/schedule.md).
-        """
-        return 1 + max(self.tokens or FEW, FEW) / FEW
-
-    @cached_property
-    def seen(self) -> tuple[float, ...]:
-        """The noise of each step as so many tokens see it, ν: σ/α over the dilution."""
-        return tuple(noise / self.dilution for noise in self.noise)
-
-    @property
-    def tail(self) -> float:
-        """How much of a window is left after the last full step (:func:`~tap_diffusion.core.schedule.clock_steps`).
-
-        Few tokens want a full step near the end, many rather shorter windows everywhere.
-        """
-        return 1 - 1 / self.dilution
 
     @cached_property
     def spacing(self) -> tuple[float, ...]:
-        """Time in which full steps are even, from 0 to len - 1: the pace, but with the noise as so many tokens see it.
+        """Time in which full steps are even, from 0 to len - 1 (docs/schedule.md).
 
-        It explains what searches found on real models (docs/schedule.md).
+        For many tokens log(1 + 3 N/64 · α / (α + σ)). The layout of a picture is an average over its tokens, over
+        which the noise of each averages out: the more there are, the earlier it can be told, and what is decided by
+        then stays so. For 64 tokens the pace, but with half of the noise; (64 / N)² is its share in between.
         """
-        return _halfway(self.seen)
+        times = max(self.tokens or FEW, FEW) / FEW
+        told = [math.log1p(LAYOUT * times / (1 + noise)) for noise in self.noise]
+        span = (told[-1] - told[0]) / max(len(told) - 1, 1) or 1.0
+        few = _halfway([SEEN * noise for noise in self.noise])
+        share = times**-2
+        return tuple(share * f + (1 - share) * (t - told[0]) / span for f, t in zip(few, told, strict=True))
 
     @cached_property
     def pace(self) -> tuple[float, ...]:

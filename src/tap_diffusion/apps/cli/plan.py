@@ -115,17 +115,15 @@ def plan(
     shown = "x".join(map(str, size if size[2] > 1 else size[:2]))
     title = f"{count} tokens" if tokens else f"{shown}, {count} tokens"
     console.print(f"{title}, shift {shift:.3g}: {len(full)} of {steps} steps full", highlight=False)
-    table = Table("full step", "noise σ/α", "noise as seen", "spacing")
+    table = Table("full step", "noise σ/α", "spacing")
     for column in table.columns:
         column.justify = "right"
     for step in full:
-        table.add_row(
-            str(step), _number(timeline.noise[step]), _number(timeline.seen[step]), f"{timeline.spacing[step]:.1f}"
-        )
+        table.add_row(str(step), _number(timeline.noise[step]), f"{timeline.spacing[step]:.1f}")
     console.print(table)
     console.print(
-        "Full steps are evenly spaced in the last column: half the step's number, half arctan √(noise as seen). The"
-        " more tokens a picture has, the less of the noise is seen, and the earlier the picture is decided.",
+        "Full steps are evenly spaced in the last column: log(1 + 3 N/64 / (1 + noise)) for a picture of many tokens N."
+        " The more tokens it has, the earlier it is decided what is where.",
         highlight=False,
     )
     found = PRESETS.get(known.preset or "", {}).get(len(full)) if steps == STEPS else None
