@@ -45,8 +45,8 @@ other variants, intervals, times, memory, pictures, and what was tried in tuning
 each.
 
 In runs of 50 steps TAP has [today's rule for full steps](schedule.md), and every method without a schedule of its own
-was tuned on it too. Methods that have one are as measured before: nothing changed for them. Runs of 28 steps are older
-than the rule.
+was tuned on it too; on `sprites` and `scenes` the others were tuned on the rule before it, but for those that the
+report of `scenes` names. Methods that have a schedule are as measured before: nothing changed for them.
 
 """
 

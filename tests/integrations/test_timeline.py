@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tap_diffusion.core.schedule import clock_steps, growing_steps
-from tap_diffusion.core.timeline import Timeline
+from tap_diffusion.core.timeline import TAIL, Timeline
 from tap_diffusion.integrations.diffusers.schedulers import timeline
 
 STEPS = 20
@@ -181,13 +181,26 @@ def test_hindsight_is_never_negative_nor_infinite(anchor: int, data: st.DataObje
 WHOLE = (math.inf, *((50 - step) / step for step in range(1, 50)))
 
 
-@pytest.mark.parametrize(("tokens", "dilution"), [(None, 2), (1, 2), (64, 2), (512, 9), (4096, 65)])
-def test_noise_as_so_many_tokens_see_it(tokens: int | None, dilution: float) -> None:
+@pytest.mark.parametrize("tokens", [None, 1, 64])
+def test_few_tokens_have_full_steps_at_the_pace_of_half_the_noise(tokens: int | None) -> None:
     known = Timeline(WHOLE, "flow", tokens=tokens)
-    assert known.seen == pytest.approx([noise / dilution for noise in WHOLE])
-    assert known.spacing == Timeline(known.seen, "flow").pace
-    assert known.pace == Timeline(WHOLE, "flow").pace
-    assert known.tail == pytest.approx(1 - 1 / dilution)
+    assert known.spacing == pytest.approx(Timeline(tuple(noise / 2 for noise in WHOLE), "flow").pace)
+
+
+@pytest.mark.parametrize("tokens", [256, 4096, 10**6])
+def test_many_tokens_have_them_by_the_logarithm_of_the_signal_as_they_see_it(tokens: int) -> None:
+    """α + σ = 1 here, and α of step s is s / 50."""
+    spacing = Timeline(WHOLE, "flow", tokens=tokens).spacing
+    told = [math.log(1 + 3 * tokens / 64 * step / 50) for step in range(50)]
+    by_log = [49 * value / told[-1] for value in told]
+    few = Timeline(WHOLE, "flow").spacing
+    share = (64 / tokens) ** 2
+    assert spacing == pytest.approx([share * f + (1 - share) * t for f, t in zip(few, by_log, strict=True)])
+
+
+def test_one_step_or_noise_that_stays_has_a_spacing_too() -> None:
+    assert Timeline((1.0,), "flow", tokens=4096).spacing == (0.0,)
+    assert Timeline.of_steps(1, 4096).spacing == (0.0,)
 
 
 @pytest.mark.parametrize(("full", "share"), [(6, 0.6), (9, 0.9), (10, 1.0), (14, 1.0)])
@@ -211,7 +224,7 @@ def test_slopes_are_whole_where_full_steps_are_even_in_the_pace(make: Callable[[
 
 
 def test_slopes_are_in_between_where_windows_grow_a_little() -> None:
-    for tokens, share in ((64, 0.99), (128, 0.88), (512, 0.8), (4096, 0.8)):
+    for tokens, share in ((64, 0.99), (90, 0.88), (512, 0.8), (4096, 0.8)):
         known = Timeline(WHOLE, "flow", tokens=tokens)
-        full = clock_steps(known.spacing, 8, known.tail)
+        full = clock_steps(known.spacing, 8, TAIL)
         assert replace(known, full=full).slopes == pytest.approx(share, abs=0.01)
