@@ -24,6 +24,7 @@ from tap_bench.models import BenchModel, draw
 from tap_bench.pixels import PixelDiTPipeline
 from tap_bench.variant import Variant
 from tap_diffusion.core.schedule import clock_steps, even_steps, growing_steps, paper_steps
+from tap_diffusion.core.timeline import TAIL
 from tiny import TOKENS, WORDS, build_pipeline, interrupt_at
 
 STEPS, BUDGET = 14, 6
@@ -130,7 +131,7 @@ def test_cache_dit_has_the_schedules_of_all(on_flux: Setting) -> None:
     assert known is not None
     schedules = (
         paper_steps(STEPS, BUDGET), even_steps(STEPS, BUDGET), even_steps(STEPS, BUDGET, warmup=2),
-        clock_steps(known.spacing, BUDGET, known.tail), growing_steps(STEPS, BUDGET),
+        clock_steps(known.spacing, BUDGET, TAIL), growing_steps(STEPS, BUDGET),
     )  # fmt: skip
     assert masks == [[int(step in full) for step in range(STEPS)] for full in schedules]
 
