@@ -197,6 +197,8 @@ def test_search_goes_on_and_says_what_it_found(tmp_path: Path) -> None:
     call(search.app, "sensitivity", *small, "--samples", 1, "--out", out)
     assert set(json.loads(out.read_text())["psnr_db"]) == {"1", "2", "3", "4"}
     assert out.with_suffix(".png").exists()
+    call(search.app, "curves", out, out, "--to", tmp_path / "both.svg")
+    assert "<svg" in (tmp_path / "both.svg").read_text()
 
     # Of steps that cost the less the later they are, by the textbook's formula of the changes of each branch's probe.
     kept = json.loads(out.read_text())
