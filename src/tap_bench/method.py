@@ -14,8 +14,7 @@ from typing import Any, Literal
 from tap_bench.calibration import Calibration
 from tap_bench.variant import Variant, on_engine
 from tap_diffusion.core.config import TAPConfig
-from tap_diffusion.core.schedule import clock_steps, even_steps, growing_steps, paper_steps
-from tap_diffusion.core.timeline import TAIL
+from tap_diffusion.core.schedule import even_steps, growing_steps, paper_steps, spaced_steps
 
 Kind = Literal["tap", "rival", "peer", "solver"]
 
@@ -66,7 +65,7 @@ def schedules(setting: Setting) -> dict[str, tuple[int, ...]]:
     if budget >= 3:
         found["even after 2"] = even_steps(steps, budget, warmup=2)
     if timeline is not None:
-        found["even on the clock"] = clock_steps(timeline.spacing, budget, TAIL)
+        found["even on the clock"] = spaced_steps(TAPConfig(), steps, budget, timeline)
     found["growing"] = growing_steps(steps, budget)
     return found
 

@@ -50,6 +50,7 @@ from tap_diffusion.demo.train import (
     Steps,
     Work,
     build_tokenizers,
+    checkpoint,
     device,
     ema_weights,
     encode,
@@ -465,6 +466,8 @@ def train(
 ) -> None:  # fmt: skip
     """Stage 2: the transformer together with both text encoders, from the checkpoint in the work folder if any."""
     work.mkdir(parents=True, exist_ok=True)
+    if start is None:
+        checkpoint(work, "autoencoder")  # before anything is downloaded
     cutouts = load(data_folder or work / "data")
     pipe = prepare(work, cutouts, start)
     pipe.to(device())

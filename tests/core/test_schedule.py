@@ -219,7 +219,8 @@ def test_the_more_tokens_the_earlier_are_full_steps(steps: int, count: int, shif
     before = planned(plan(config, steps, known), steps)
     assert before == planned(plan(config, steps, replace(known, tokens=FEW)), steps)
     assert before == planned(plan(config, steps, replace(known, tokens=1)), steps)
-    for tokens in (256, 1024, 4096, 100_000):
+    # With noise that stays high, 128 tokens have a later start than 64: there is little of a layout to tell yet.
+    for tokens in (*([128] if shift <= 1 else []), 256, 1024, 4096, 100_000):
         full = planned(plan(config, steps, replace(known, tokens=tokens)), steps)
         assert len(full) == count
         assert full[0] == 0

@@ -278,10 +278,9 @@ def test_the_bench_s_runs_are_explained(name: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Engine, "_is_unexplained", watched)
     pipe, model = load(name)
     conditions = model.measured[: 2 if name == "sprites" else 4]
-    # With 6 the last window of sprites is 11 steps long, and its end may not be explained any more.
-    for budget in (8, 10, 14) if name == "sprites" else (6, 8, 10, 14):
+    for budget in (6, 8, 10, 14):
         with tap.enabled(pipe, TAPConfig(full_steps=budget)):
             draw(pipe, model, conditions, 0, num_inference_steps=50)
             assert not tap.report(pipe).fallbacks
     print(f"{name}: at most {max(ratios):.2f}")
-    assert 0 < max(ratios) < 0.95
+    assert 0 < max(ratios) < (0.9 if name == "sprites" else 0.8)  # whose last windows are long (docs/experiments.md)

@@ -311,8 +311,8 @@ class _Lane(Passes):
         depth = self._depth
 
         def run(model: nn.Module, without: Sequence[str]) -> Any:
-            names = _BY_POSITION[: len(forward.args)]
-            args = [None if name in without else value for name, value in zip(names, forward.args, strict=True)]
+            names = dict(enumerate(_BY_POSITION))
+            args = [None if names.get(i) in without else value for i, value in enumerate(forward.args)]
             given = {name: value for name, value in forward.keywords.items() if name not in without}
             with nullcontext() if model is self._module else depth.lent(model):
                 return forward.func(*args, **given)
