@@ -122,8 +122,9 @@ def plan(
         table.add_row(str(step), _number(timeline.noise[step]), f"{timeline.spacing[step]:.1f}")
     console.print(table)
     console.print(
-        "Full steps are evenly spaced in the last column: log(1 + 3 N/64 / (1 + noise)) for a picture of many tokens N."
-        " The more tokens it has, the earlier it is decided what is where.",
+        "Full steps are evenly spaced in the last column, as far as whole steps allow. For many tokens N it is"
+        " log(1 + 3 N/64 / (1 + noise)), scaled to the number of steps: the more tokens, the earlier it is decided what"
+        " is where. For 64 or fewer it is the pace at which features change.",
         highlight=False,
     )
     found = PRESETS.get(known.preset or "", {}).get(len(full)) if steps == STEPS else None
