@@ -200,7 +200,7 @@ def test_many_tokens_have_them_by_the_logarithm_of_the_signal_as_they_see_it(tok
 
 def test_one_step_or_noise_that_stays_has_a_spacing_too() -> None:
     assert Timeline((1.0,), "flow", tokens=4096).spacing == (0.0,)
-    assert Timeline.of_steps(1, 4096).spacing == (0.0,)
+    assert Timeline.untold(1, 4096).spacing == (0.0,)
 
 
 @pytest.mark.parametrize(("full", "share"), [(6, 0.6), (9, 0.9), (10, 1.0), (14, 1.0)])

@@ -112,7 +112,7 @@ def spaced_steps(
     """``count`` full steps of a trajectory, even on the ``clock`` of a configuration (arguments as in :func:`plan`)."""
     if config.clock == "step":
         return clock_steps(range(steps), count)
-    known = Timeline.of_steps(steps, tokens) if timeline is None else timeline
+    known = Timeline.untold(steps, tokens) if timeline is None else timeline
     return clock_steps(known.spacing, count, TAIL)
 
 
