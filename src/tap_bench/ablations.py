@@ -375,11 +375,7 @@ class Ablations(Bench):
                 "settings": facts["settings"],
             }
             if name != BASELINE:
-                differences = [own - other for own, other in zip(psnr, baseline, strict=True)]
-                cell |= {
-                    "difference_db": fmean(differences),
-                    "difference_ci": metrics.bootstrap_interval(differences),
-                }
+                cell |= metrics.difference(psnr, baseline)
             yield cell
 
     # ---------------------------------------------------------------------------------------------------- fidelity

@@ -299,12 +299,7 @@ class Bench:
             cell["psnr_p10_db"] = float(np.percentile(values["psnr_db"], 10))  # the mean hides one bad sample in ten
             cell |= {name: fmean(values[name]) for name in ("ssim", "latent_error")}
             if baseline is not None and method != BASELINE:
-                pairs = zip(values["psnr_db"], baseline["psnr_db"].to_pylist(), strict=True)
-                differences = [own - other for own, other in pairs]
-                cell |= {
-                    "difference_db": fmean(differences),
-                    "difference_ci": metrics.bootstrap_interval(differences),
-                }
+                cell |= metrics.difference(values["psnr_db"], baseline["psnr_db"].to_pylist())
         known = {"model", "method", "budget", "seed", "condition", "psnr_db", "ssim", "latent_error"}
         means = {name: fmean(column) for name, column in values.items() if name not in known}
         cell["scores"] = means | facts["scores"]

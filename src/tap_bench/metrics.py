@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,3 +43,13 @@ def bootstrap_interval(values: Sequence[float], resamples: int = 10_000) -> tupl
     rows = np.random.default_rng(0).integers(len(array), size=(resamples, len(array)))
     low, high = np.percentile(array[rows].mean(1), [2.5, 97.5])
     return float(low), float(high)
+
+
+def difference(values: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
+    """What a cell tells of its PSNR against another's of the same samples: mean and interval, pair by pair.
+
+    Raises:
+        ValueError: the two have not as many samples.
+    """
+    pairs = [value - other for value, other in zip(values, others, strict=True)]
+    return {"difference_db": fmean(pairs), "difference_ci": bootstrap_interval(pairs)}

@@ -280,7 +280,7 @@ def _run(out: Path, run: Mapping[str, Any], measured: Sequence[Cell], full: Cell
         "Versions": escape(", ".join(f"{name} {version}" for name, version in run["versions"].items())),
         "Machine": escape(_machine(run["machine"])),
         "Files from": f"{_date(out / 'run.json')} (begun), {_date(out / 'results.json')} (results)",
-    }
+    } | _joined(run)
     few = " With so few samples they are too narrow." if full["samples"] < _FEW else ""
     compared = sum("difference_ci" in cell for cell in measured)
     by_chance = (
@@ -430,6 +430,16 @@ def _tuning(out: Path, measured: Sequence[Cell]) -> str:
         )
         parts.append(_folded(f"{budget} full evaluations", table + _not_applicable(out, budget)))
     return "".join(parts)
+
+
+def _joined(run: Mapping[str, Any]) -> dict[str, str]:
+    """Cells that other runs brought (``tap_bench.join``)."""
+    parts = []
+    for part in run.get("joined", []):
+        versions = ", ".join(f"{name} {version}" for name, version in part["versions"].items())
+        note = f" {part['note']}" if "note" in part else ""
+        parts.append(f"{part['on']}, with {versions}: {', '.join(part['cells'])}.{note}")
+    return {"Measured later": "<br>".join(map(escape, parts))} if parts else {}
 
 
 def _not_applicable(out: Path, budget: int) -> str:
