@@ -23,9 +23,8 @@ from tap_diffusion.core.errors import UsageError
 Results = dict[str, Any]  # of one model, as results.json holds them
 
 GROUPS = {
-    "clock": "The clock on which full steps are evenly spaced and predictors extrapolate: the step's index, the angle"
-    " arctan √(σ/α), and mixtures. Not stretched: predictors extrapolate in the mixture as it is, though full steps are"
-    " only as even on it as whole steps can be, or not at all.",
+    "clock": "The time that predictors extrapolate in, full steps being the same: in windows, so that full steps are"
+    " even on it; the pace halfway between step and arctan √(σ/α); or the step's index.",
     "schedule": "The same number of full steps elsewhere.",
     "hindsight": "Share of the window's error that the next full step makes up for.",
     "predictors": "Single predictors for all tokens, and sets of which each token takes one.",

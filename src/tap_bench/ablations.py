@@ -14,7 +14,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import exp
 from pathlib import Path
@@ -67,35 +67,31 @@ class ShiftedEngine(Engine):
 
 
 @dataclass(frozen=True)
-class MixedTimeline(Timeline):
-    """A timeline whose pace is another mixture of the noise and the step, or whose hindsight is simpler.
+class ChangedTimeline(Timeline):
+    """A timeline without one of its thoughts.
 
     Attributes:
-        share: of the step; 0.5 is :attr:`Timeline.pace`.
+        ruled: whether full steps follow the rule (:attr:`Timeline.spacing`), or are even in the pace.
+        stretched: whether the clock is even on the full steps, or is the pace.
+        by_step: whether the clock counts steps.
         heals: whether hindsight takes into account that the full step heals errors.
-        stretched: whether the clock is even on the full steps.
     """
 
-    share: float = 0.5
-    heals: bool = True
+    ruled: bool = True
     stretched: bool = True
-
-    @cached_property
-    def pace(self) -> tuple[float, ...]:
-        """As the base class, with the share."""
-        return self._mixed(super().pace)
+    by_step: bool = False
+    heals: bool = True
 
     @cached_property
     def spacing(self) -> tuple[float, ...]:
-        """As the base class, with the share."""
-        return self._mixed(super().spacing)
-
-    def _mixed(self, halfway: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(2 * (1 - self.share) * half + (2 * self.share - 1) * step for step, half in enumerate(halfway))
+        """As the base class, or the pace."""
+        return super().spacing if self.ruled else self.pace
 
     @cached_property
     def clock(self) -> tuple[float, ...]:
-        """As the base class, or the pace."""
+        """As the base class, the pace, or the steps."""
+        if self.by_step:
+            return tuple(map(float, range(len(self))))
         return super().clock if self.stretched else self.pace
 
     @cached_property
@@ -104,8 +100,8 @@ class MixedTimeline(Timeline):
         return a, b, slope if self.heals else 0 * slope
 
 
-class MixedEngine(Engine):
-    """TAP with a :class:`MixedTimeline`, for its schedule, its predictors and hindsight.
+class ChangedEngine(Engine):
+    """TAP with a :class:`ChangedTimeline`, for its schedule, its predictors and hindsight.
 
     Args:
         config: see :class:`TAPConfig`.
@@ -120,13 +116,8 @@ class MixedEngine(Engine):
         """As the base class, with that timeline."""
         timeline = call.timeline
         if timeline is not None:
-            timeline = MixedTimeline(
-                timeline.noise,
-                timeline.prediction,
-                fresh_noise=timeline.fresh_noise,
-                kept=timeline.kept,
-                **self._change,
-            )
+            known = {field.name: getattr(timeline, field.name) for field in fields(timeline)}
+            timeline = ChangedTimeline(**known | self._change)
         return super().begin(replace(call, timeline=timeline))
 
 
@@ -200,16 +191,16 @@ def ablations() -> Iterator[Ablation]:
 
 def beyond() -> Iterator[Ablation]:
     """All ablations of the recommended settings, group by group."""
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        label = f"{share:.0%} step, {1 - share:.0%} noise"
-        yield Ablation("clock", label, _plain if share == 0.5 else _mixed(share=share))
-    yield Ablation("clock", "not stretched", _mixed(stretched=False))
-    yield Ablation("schedule", "even on the clock", _plain)
+    yield Ablation("clock", "in windows", _plain)
+    yield Ablation("clock", "in the pace", _changed(stretched=False))
+    yield Ablation("clock", "in steps", _changed(by_step=True))
+    yield Ablation("schedule", "the rule", _plain)
+    yield Ablation("schedule", "even in the pace", _changed(ruled=False))
     for label, steps in _SCHEDULES.items():
         yield Ablation("schedule", label, _scheduled(steps))
     for gain in (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0):
         yield _configured("hindsight", f"{gain:g}", hindsight=gain)
-    yield Ablation("hindsight", "1, as if nothing healed", _mixed(heals=False))
+    yield Ablation("hindsight", "1, as if nothing healed", _changed(heals=False))
     for orders in ((0,), (1,), (2,), (3,), *ORDERS):
         yield _configured("predictors", f"Newton {{{', '.join(map(str, orders))}}}", orders=orders)
     yield _configured("predictors", "Taylor {0, 1, 2}", family="taylor")
@@ -247,10 +238,10 @@ def _scheduled(full: Callable[[int, int], tuple[int, ...]]) -> Callable[[TAPConf
     return variant
 
 
-def _mixed(**change: Any) -> Callable[[TAPConfig], Variant]:
+def _changed(**change: Any) -> Callable[[TAPConfig], Variant]:
     def variant(config: TAPConfig) -> Variant:
-        mixed = on_engine("", config, lambda config: MixedEngine(config, **change))
-        return replace(mixed, settings=mixed.settings | change)
+        changed = on_engine("", config, lambda config: ChangedEngine(config, **change))
+        return replace(changed, settings=changed.settings | change)
 
     return variant
 

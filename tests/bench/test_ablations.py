@@ -22,7 +22,8 @@ from tap_bench import truth
 from tap_bench.ablation_page import write_page
 from tap_bench.ablations import (
     Ablations,
-    MixedTimeline,
+    ChangedEngine,
+    ChangedTimeline,
     ShiftedEngine,
     ShuffledEngine,
     ablations,
@@ -406,7 +407,7 @@ def test_variants_leave_the_pipeline_as_it_was(label: str) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in pipe.transformer.modules())
 
 
-CHANGED = ("even", "0% step, 100% noise", "not stretched", "0", "Newton {2}")
+CHANGED = ("even", "even in the pace", "in the pace", "in steps", "0", "Newton {2}")
 
 
 @pytest.mark.slow
@@ -428,15 +429,31 @@ def test_the_recommended_settings_have_ablations_of_their_own(tmp_path: Path) ->
     assert "Fidelity" not in page
 
 
-@given(st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=30, unique=True), st.floats(0, 1))
-def test_a_mixed_clock_has_its_share_of_the_step(values: list[float], share: float) -> None:
+@given(st.lists(st.floats(1e-3, 1e3), min_size=3, max_size=30, unique=True), st.sampled_from([None, 64, 4096]))
+def test_a_changed_timeline_lacks_one_thought(values: list[float], tokens: int | None) -> None:
     noise = tuple(sorted(values, reverse=True))
-    angle = [math.atan(math.sqrt(value)) for value in noise]
-    last = len(noise) - 1
-    expected = [
-        share * step + (1 - share) * last * (angle[0] - a) / (angle[0] - angle[-1]) for step, a in enumerate(angle)
-    ]
-    assert MixedTimeline(noise, "flow", share=share).clock == pytest.approx(expected, abs=1e-6)
-    full = (0, last)
-    assert MixedTimeline(noise, "flow", full).clock == pytest.approx(Timeline(noise, "flow", full).clock)
-    assert MixedTimeline(noise, "flow", full, stretched=False).clock == Timeline(noise, "flow").clock
+    full = (0, len(noise) - 1)
+    known = Timeline(noise, "flow", full, tokens=tokens)
+
+    def changed(**change: Any) -> ChangedTimeline:
+        return ChangedTimeline(noise, "flow", full, tokens=tokens, **change)
+
+    assert (changed().clock, changed().spacing, changed().pace) == (known.clock, known.spacing, known.pace)
+    assert changed(stretched=False).clock == known.pace
+    assert changed(by_step=True).clock == tuple(range(len(noise)))
+    assert changed(ruled=False).spacing == known.pace
+    # Without healing the latent is moved back by all that the window has moved it: A_s / B_s · Q e_s.
+    anchors, step = (0,), len(noise) - 1
+    a, b, _ = known._solver
+    clock = np.array(known.clock)
+    moved = sum(np.prod(a[k + 1 : step]) * b[k] * clock[k] / clock[step] for k in range(1, step))
+    assert changed(heals=False).hindsight(anchors, step) == pytest.approx(a[step] / b[step] * moved, rel=1e-6)
+
+
+def test_a_changed_engine_keeps_the_rest_of_the_timeline() -> None:
+    known = Timeline((3.0, 2.0, 1.0), "epsilon", kept=0.7, tokens=256, end=0.1, fresh_noise="Ancestral")
+    seen: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "begin", lambda self, call: seen.append(call.timeline))
+        ChangedEngine(TAPConfig(), ruled=False).begin(replace(call_at(0), timeline=known))
+    assert seen == [ChangedTimeline(**{**vars(known), "ruled": False})]
