@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +82,17 @@ class Evidence:
         found = self.found[model]
         return fmean(distance(self.rule(model, len(full), exponent), full) for _, full in found)
 
+    def frames_counted(self, model: str, exponent: float) -> float:
+        """As :meth:`error`, if a video's tokens counted as those of one frame times frames^exponent.
+
+        Frames are the latent's, of which both videos' autoencoders make one of four after the first.
+        """
+        known, found = self.models[model], self.found[model]
+        shown = re.search(r"(\d+) frames", known["size"])
+        frames = 1 + (int(shown[1]) - 1) // 4 if shown else 1
+        tokens = round(known["tokens"] * frames ** (exponent - 1))
+        return fmean(distance(self.rule(model, len(full), tokens=tokens), full) for _, full in found)
+
     def left_out(self, model: str) -> tuple[float, float]:
         """The exponent that fits the other models best, and its error on this one."""
         others = [other for other in self.models if other != model]
@@ -114,6 +126,9 @@ def compare(to: Annotated[Path, typer.Argument(help="Folder for the plot.")]) ->
     typer.echo(f"| mean | | {' | '.join(means)} |")
     for exponent in EXPONENTS:
         typer.echo(f"k = {exponent:g}: {fmean(evidence.error(model, exponent) for model in evidence.models):.3f}")
+    for exponent in (0.0, 0.25, 0.5, 0.75, 1.0):
+        counted = fmean(evidence.frames_counted(model, exponent) for model in evidence.models)
+        typer.echo(f"one frame's tokens times frames^{exponent:g}: {counted:.3f}")
     _draw(evidence, to / "found.svg")
 
 

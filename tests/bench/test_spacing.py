@@ -38,6 +38,14 @@ def test_tokens_and_noise_explain_more_than_either_windows_that_grow_or_noise_al
     assert all(EVIDENCE.error(model) < 0.7 * error for error in EVIDENCE.errors_of_others(model).values())
 
 
+def test_all_frames_of_a_video_count() -> None:
+    for model in ("Wan2.1-T2V-1.3B", "HunyuanVideo"):
+        errors = [EVIDENCE.frames_counted(model, exponent) for exponent in (0.0, 0.5, 1.0)]
+        assert errors == sorted(errors, reverse=True)
+        assert errors[-1] == EVIDENCE.error(model)
+    assert EVIDENCE.frames_counted("FLUX.1-dev", 0.0) == EVIDENCE.error("FLUX.1-dev")
+
+
 def test_the_distance_is_that_of_logarithms() -> None:
     assert distance((0, 1, 3), (0, 3, 3)) == pytest.approx(0.6931471805599453 / 3)
     assert distance((0, 5), (0, 5)) == 0
