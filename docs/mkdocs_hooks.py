@@ -45,9 +45,8 @@ other variants, intervals, times, memory, pictures, and what was tried in tuning
 each.
 
 In runs of 50 steps TAP has [today's rule for full steps](schedule.md), and so had every method without a schedule
-of its own among those that it was tuned on; on `sprites` and `scenes` they were tuned before, on the rule before it
-(but for Spectrum, and cache-dit at 8, on `scenes`). Methods with a schedule of their own are as measured before:
-nothing changed for them.
+of its own among those that it was tuned on; of `sprites` the nearest five at each budget. The others there, and methods
+with a schedule of their own, are as measured before. Each report says which.
 
 """
 
