@@ -228,8 +228,10 @@ def per_model(show: Callable[[list[Cell]], str]) -> str:
     for file in sorted((ROOT / "docs" / "bench").glob("*/results.json")):
         cells = json.loads(file.read_text("utf-8"))
         full = next(cell for cell in cells if cell["method"] == "full")
+        dtype = json.loads((file.parent / "run.json").read_text("utf-8")).get("dtype", "float32")
+        title = f"### {full['model']}, {full['steps']} steps"
         parts += [
-            f"### {full['model']}, {full['steps']} steps",
+            title if dtype == "float32" else f"{title}, {dtype}",
             f"{full['samples']} samples ([report](bench/{file.parent.name}/report.html)).{_age(cells)}",
             show([cell for cell in cells if "psnr_db" in cell]),
         ]
