@@ -45,8 +45,9 @@ other variants, intervals, times, memory, pictures, and what was tried in tuning
 each.
 
 TAP has [today's rule for full steps](schedule.md), and so had every method without a schedule of its own among those
-that it was tuned on; of `sprites` the nearest five at each budget, with 28 steps the nearest of `fashion` and none of
-`sprites`. The others there, and methods with a schedule of their own, are as measured before. Each report says which.
+that it was tuned on. On `sprites` this holds for HiCache, L2P, cache-dit with TaylorSeer 1 and the paper's TAP alone
+(with 28 steps for the paper's alone), on `fashion` with 28 steps for the nearest seven. The others there, and methods
+with a schedule of their own, are as measured before. Each report says which.
 
 """
 

@@ -10,7 +10,6 @@ those of methods that are tuned on what changed; the rest stays. The report tell
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Collection, Sequence, Set
 from datetime import UTC, datetime
@@ -23,7 +22,7 @@ from PIL import Image
 
 from tap_bench import BASELINE, metrics
 from tap_bench.methods import registry
-from tap_bench.report import Cell, read_cells
+from tap_bench.report import Cell, best_other, ranking, read_cells, read_json, write_report
 from tap_bench.timing import cell_name
 from tap_diffusion.apps.files import write_json, write_whole
 from tap_diffusion.core.errors import UsageError
@@ -36,7 +35,7 @@ def join(run: Path, report: Path, drop: Collection[str] = (), note: str = "") ->
     """Put the cells of a finished run into a report, in place of those that it has.
 
     Cells without times of their own keep the times that the report has of them. Differences to TAP are worked out
-    anew. Pictures are taken for TAP, for the best other method, and for cells that had one.
+    anew. Pictures are taken for TAP, for the best other method, and for cells that had one. The page is written anew.
 
     Args:
         run: folder of a run with the same model, steps, arithmetic and samples.
@@ -76,6 +75,7 @@ def join(run: Path, report: Path, drop: Collection[str] = (), note: str = "") ->
     write_json(report / "run.json", told | {"joined": [*(part for part in joined if part["cells"]), part]})
     write_whole(report / "samples.parquet", lambda partial: pq.write_table(samples, partial))
     write_json(report / "results.json", [old[0], *cells])
+    write_report(report)
 
 
 def _name(cell: Cell) -> str:
@@ -94,7 +94,7 @@ def _check(run: Path, report: Path, new: Cell, old: Cell) -> tuple[dict[str, Any
     Raises:
         UsageError: otherwise than each other.
     """
-    made = [json.loads((folder / "run.json").read_text(encoding="utf-8")) for folder in (run, report)]
+    made = [read_json(folder, "run.json") for folder in (run, report)]
     for what, one, other in (
         *((name, new[name], old[name]) for name in ("model", "steps", "samples")),
         ("dtype", *(facts.get("dtype", "float32") for facts in made)),
@@ -132,8 +132,8 @@ def _pictures(run: Path, report: Path, cells: Sequence[Cell], later: Set[str]) -
     had = {file.stem: file for file in folder.glob("*")}
     shown = {_name(cell) for cell in cells if cell["method"] == BASELINE}
     for budget in {cell["budget"] for cell in cells}:
-        others = [cell for cell in cells if cell["budget"] == budget and cell["family"] != "tap"]
-        shown |= {_name(cell) for cell in sorted(others, key=lambda cell: -cell["psnr_db"])[:1]}
+        other = best_other(ranking(cells, budget))
+        shown |= {_name(other)} if other is not None else set()
     names = {_name(cell) for cell in cells}
     for name, file in had.items():
         if name in later or name not in names | {"full"}:

@@ -41,7 +41,7 @@ def read_cells(out: Path) -> list[Cell]:
     Raises:
         UsageError: there are none.
     """
-    return list(_json(out, "results.json"))
+    return list(read_json(out, "results.json"))
 
 
 def write_report(out: Path) -> Path:
@@ -133,7 +133,7 @@ def summary(cells: Sequence[Cell]) -> list[Table]:
             table.add_column(head, overflow="fold")
         for head in ("full", "time", "PSNR", "p10", f"to {BASELINE} [95 %], dB"):
             table.add_column(head, justify="right", no_wrap=True)
-        for cell in _ranked(measured, budget):
+        for cell in ranking(measured, budget):
             found = verdict(cell)
             compared = "difference_db" in cell
             table.add_row(
@@ -188,11 +188,11 @@ def _verdict(measured: Sequence[Cell]) -> str:
     means = ", mean (p10), dB" if tenth else ", dB"
     rows = []
     for budget in _budgets(measured):
-        cells = _ranked(measured, budget)
+        cells = ranking(measured, budget)
         ours = next((cell for cell in cells if cell["method"] == BASELINE), None)
         if ours is None:
             continue
-        other = _best_other(cells)
+        other = best_other(cells)
         names = [
             f'<span class="{_class(cell)}">{_MARKS[verdict(cell)][0]} {escape(cell["method"])}</span>'
             for cell in cells
@@ -221,7 +221,7 @@ def _sentences(measured: Sequence[Cell]) -> Iterator[str]:
     """The verdict in words."""
     found: dict[Verdict, list[str]] = {}
     for budget in _budgets(measured):
-        other = _best_other(_ranked(measured, budget))
+        other = best_other(ranking(measured, budget))
         if other is not None:
             kind, ahead = verdict(other), -other["difference_db"]
             size = f"TAP {signed(ahead, 1)}" if kind == "not told apart" else f"by {abs(ahead):.1f}"
@@ -237,7 +237,7 @@ def _sentences(measured: Sequence[Cell]) -> Iterator[str]:
     variants = [
         f"{escape(cell['method'])} at {cell['budget']}"
         for budget in _budgets(measured)
-        for cell in _ranked(measured, budget)
+        for cell in ranking(measured, budget)
         if cell["family"] == _OWN and verdict(cell) == "better"
     ]
     if variants:
@@ -245,14 +245,14 @@ def _sentences(measured: Sequence[Cell]) -> Iterator[str]:
     tenths = [
         f"{cell['psnr_p10_db']:.1f} dB at {cell['budget']}"
         for budget in _budgets(measured)
-        for cell in _ranked(measured, budget)
+        for cell in ranking(measured, budget)
         if cell["method"] == BASELINE and "psnr_p10_db" in cell
     ]
     if tenths:
         yield f"A tenth of TAP's samples is below {_enumerated(tenths)}."
 
 
-def _best_other(ranked: Iterable[Cell]) -> Cell | None:
+def best_other(ranked: Iterable[Cell]) -> Cell | None:
     """The best cell that is neither TAP nor one of its variants."""
     return next((cell for cell in ranked if cell["family"] != _OWN and "difference_ci" in cell), None)
 
@@ -277,7 +277,7 @@ def _run(out: Path, run: Mapping[str, Any], measured: Sequence[Cell], full: Cell
         "Model": escape(full["model"]),
         "To repeat": f"<pre>{escape(again)}</pre>" if again else "started from Python, not by the command",
         "Arithmetic": escape(run.get("dtype", "float32")),
-        "Versions": escape(", ".join(f"{name} {version}" for name, version in run["versions"].items())),
+        "Versions": escape(_versions(run)),
         "Machine": escape(_machine(run["machine"])),
         "Files from": f"{_date(out / 'run.json')} (begun), {_date(out / 'results.json')} (results)",
     } | _joined(run)
@@ -317,8 +317,9 @@ def _timing(run: Mapping[str, Any], timed: int, cells: int) -> str:
     repeats, samples = (again["repeats"], again["samples"]) if again else (suite["repeats"], suite["timed"])
     apart = ""
     if again:
-        versions = ", ".join(f"{name} {version}" for name, version in again["versions"].items())
-        apart = f" They were taken by themselves on {again['on']}, with {versions} on {_machine(again['machine'])}."
+        apart = (
+            f" They were taken by themselves on {again['on']}, with {_versions(again)} on {_machine(again['machine'])}."
+        )
     missing = f" {cells - timed} of {cells} cells have none and are not in the plot of times." if timed < cells else ""
     return (
         "Speed-ups in time are ratios to the plain pipeline, run before and after every few methods in the same"
@@ -364,7 +365,7 @@ def _results(measured: Sequence[Cell], full: Cell) -> str:
         f"<li>{kinds.removesuffix(',')}.</li></ul>"
     ]
     for budget in _budgets(measured):
-        rows = "".join(_row(cell, scores, compared, tenth) for cell in _ranked(measured, budget))
+        rows = "".join(_row(cell, scores, compared, tenth) for cell in ranking(measured, budget))
         parts.append(
             f'<h3 id="budget-{budget}">{budget} full evaluations</h3><div class="wide"><table class="sortable">'
             f'<thead><tr>{head}</tr></thead><tbody><tr class="full"><th>full</th>{first}</tr></tbody>'
@@ -413,7 +414,7 @@ def _tuning(out: Path, measured: Sequence[Cell]) -> str:
     ]
     for budget in _budgets(measured):
         rows = []
-        for cell in _ranked(measured, budget):
+        for cell in ranking(measured, budget):
             file = out / "tuning" / f"{cell['method']}-{budget}.json"
             for i, tried in enumerate(json.loads(file.read_text(encoding="utf-8")) if file.exists() else []):
                 chosen = tried["schedule"] == cell["schedule"]
@@ -436,9 +437,8 @@ def _joined(run: Mapping[str, Any]) -> dict[str, str]:
     """Cells that other runs brought (``tap_bench.join``)."""
     parts = []
     for part in run.get("joined", []):
-        versions = ", ".join(f"{name} {version}" for name, version in part["versions"].items())
         note = f" {part['note']}" if "note" in part else ""
-        parts.append(f"{part['on']}, with {versions}: {', '.join(part['cells'])}.{note}")
+        parts.append(f"{part['on']}, with {_versions(part)}: {', '.join(part['cells'])}.{note}")
     return {"Measured later": "<br>".join(map(escape, parts))} if parts else {}
 
 
@@ -459,9 +459,9 @@ def _pictures(out: Path, measured: Sequence[Cell], full: Cell) -> str:
         drawn = _folded("What was drawn, by seed", f'<ol start="0">{items}</ol>')
     budgets = _budgets(measured)
     at = budgets[len(budgets) // 2]
-    ranked = _ranked(measured, at)
+    ranked = ranking(measured, at)
     ours = next((cell for cell in ranked if cell["method"] == BASELINE), None)
-    shown = [cell for cell in (ours, _best_other(ranked)) if cell is not None]
+    shown = [cell for cell in (ours, best_other(ranked)) if cell is not None]
     first = f", then TAP and the best other method at {at} full evaluations" if shown else ""
     parts = [
         f'<p class="note">Samples of the first seeds, the same on every sheet: the full result{first}. All others are'
@@ -470,7 +470,7 @@ def _pictures(out: Path, measured: Sequence[Cell], full: Cell) -> str:
         *_sheets(out, shown),
     ]
     for budget in budgets:
-        others = [cell for cell in _ranked(measured, budget) if cell not in shown]
+        others = [cell for cell in ranking(measured, budget) if cell not in shown]
         parts.append(_folded(f"{budget} full evaluations", "".join(_sheets(out, others))))
     return "".join(parts)
 
@@ -525,7 +525,7 @@ def _settings(measured: Sequence[Cell]) -> str:
                 f"{escape(cell['method'])}, {escape(cell['schedule'])}",
                 f"<pre>{escape(json.dumps(cell['settings'], ensure_ascii=False, indent=2))}</pre>",
             )
-            for cell in _ranked(measured, budget)
+            for cell in ranking(measured, budget)
         )
         parts.append(_folded(f"{budget} full evaluations", "".join(cells)))
     return "".join(parts)
@@ -538,10 +538,15 @@ def _read(out: Path) -> tuple[dict[str, Any], Cell, list[Cell]]:
     """How a run was made, the full model's cell, and those that were measured against it."""
     cells = read_cells(out)
     full = next(cell for cell in cells if "psnr_db" not in cell)
-    return _json(out, "run.json"), full, [cell for cell in cells if "psnr_db" in cell]
+    return read_json(out, "run.json"), full, [cell for cell in cells if "psnr_db" in cell]
 
 
-def _json(out: Path, name: str) -> Any:
+def read_json(out: Path, name: str) -> Any:
+    """A JSON file that a finished run leaves in its folder.
+
+    Raises:
+        UsageError: it is not there, or broken.
+    """
     try:
         return json.loads((out / name).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
@@ -552,7 +557,8 @@ def _budgets(cells: Iterable[Cell]) -> list[int]:
     return sorted({cell["budget"] for cell in cells}, reverse=True)
 
 
-def _ranked(cells: Iterable[Cell], budget: int) -> list[Cell]:
+def ranking(cells: Iterable[Cell], budget: int) -> list[Cell]:
+    """The cells of a budget, the best PSNR first."""
     return sorted((cell for cell in cells if cell["budget"] == budget), key=lambda cell: -cell["psnr_db"])
 
 
@@ -612,6 +618,10 @@ def _td(shown: str, value: float | None, kind: str) -> str:
     """A cell of a table; a number is sorted by its value, not by what is shown."""
     by = "" if value is None else value
     return f'<td class="{kind}">{shown}</td>' if "text" in kind else f'<td class="{kind}" data-v="{by}">{shown}</td>'
+
+
+def _versions(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
 
 
 def _machine(facts: Mapping[str, Any]) -> str:

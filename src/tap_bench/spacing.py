@@ -77,21 +77,20 @@ class Evidence:
         timeline = Timeline(flow_noise(STEPS, known["sigma_shift"]), "flow", tokens=tokens)
         return spaced_steps(TAPConfig(), STEPS, count, timeline)
 
-    def error(self, model: str, exponent: float | None = None) -> float:
+    def error(self, model: str, exponent: float | None = None, tokens: int | None = None) -> float:
         """Mean distance of the rule to what was found for a model."""
         found = self.found[model]
-        return fmean(distance(self.rule(model, len(full), exponent), full) for _, full in found)
+        return fmean(distance(self.rule(model, len(full), exponent, tokens), full) for _, full in found)
 
     def frames_counted(self, model: str, exponent: float) -> float:
         """As :meth:`error`, if a video's tokens counted as those of one frame times frames^exponent.
 
         Frames are the latent's, of which both videos' autoencoders make one of four after the first.
         """
-        known, found = self.models[model], self.found[model]
+        known = self.models[model]
         shown = re.search(r"(\d+) frames", known["size"])
         frames = 1 + (int(shown[1]) - 1) // 4 if shown else 1
-        tokens = round(known["tokens"] * frames ** (exponent - 1))
-        return fmean(distance(self.rule(model, len(full), tokens=tokens), full) for _, full in found)
+        return self.error(model, tokens=round(known["tokens"] * frames ** (exponent - 1)))
 
     def left_out(self, model: str) -> tuple[float, float]:
         """The exponent that fits the other models best, and its error on this one."""

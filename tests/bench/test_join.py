@@ -68,9 +68,7 @@ def report(whole: Path, tmp_path: Path) -> Path:
         cell |= {"difference_db": -9.0} if cell["method"] == "euler" else {"psnr_db": 1.0, "psnr_ci": [0.0, 2.0]}
     cells[1] |= {"time_speedup": 2.5, "time_speedup_range": [2.0, 3.0]}
     (out / "results.json").write_text(json.dumps(cells))
-    rewritten(
-        out, lambda row: row | {"psnr_db": 1.0} if row["method"] in ("tap", "fora") else row
-    )  # fmt: skip
+    rewritten(out, lambda row: row | {"psnr_db": 1.0} if row["method"] in ("tap", "fora") else row)
     return out
 
 
@@ -85,7 +83,9 @@ def told(folder: Path) -> dict[tuple[str, int], str]:
 
 
 def test_joined_is_as_if_measured_together(whole: Path, later: Path, report: Path) -> None:
+    (report / "report.html").write_text("older")
     join(later, report)
+    assert "Measured later" in (report / "report.html").read_text(encoding="utf-8")
     assert told(report) == told(whole)
     assert list(told(report)) == list(told(whole))
     order = [("method", "ascending"), ("budget", "ascending"), ("seed", "ascending")]
@@ -141,9 +141,12 @@ def test_runs_that_were_made_otherwise_are_refused(
 
 
 def test_what_is_not_there(later: Path, report: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    without = later.with_name("without")
+    shutil.copytree(later, without, ignore=shutil.ignore_patterns("run.json"))
     for arguments, message in (
         ([str(later), str(report), "--drop", "magcache"], "no magcache to drop"),
         ([str(later / "none"), str(report)], "holds no finished run"),
+        ([str(without), str(report)], "holds no finished run of the bench: run.json"),
     ):
         with pytest.raises(SystemExit):
             main(arguments)
